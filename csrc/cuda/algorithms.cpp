@@ -1,0 +1,12 @@
+#include "cuda/algorithms.h"
+
+namespace convops {
+
+AlgorithmList make_cuda_algorithms() {
+  AlgorithmList list;
+  list.push_back(cuda::make_im2col_gemm());
+  list.push_back(cuda::make_direct());
+  return list;
+}
+
+}  // namespace convops

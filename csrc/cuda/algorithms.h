@@ -1,0 +1,11 @@
+// The algorithms of CUDA, each made by its own file.
+#pragma once
+
+#include "algorithm.h"
+
+namespace convops::cuda {
+
+std::unique_ptr<Algorithm> make_im2col_gemm();
+std::unique_ptr<Algorithm> make_direct();
+
+}  // namespace convops::cuda

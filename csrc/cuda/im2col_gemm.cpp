@@ -1,0 +1,337 @@
+// Convolution as a matrix product on cuBLAS: the chunk's columns (im2col) times the weights.
+//
+//   forward          output(o, pixels)  = weight(o, taps) · columns(taps, pixels), onto the bias
+//   backward-input   columns(taps, pixels) = weightᵀ · grad_output, then col2im
+//   backward-weight  weight(o, taps)   += grad_output(o, pixels) · columnsᵀ, chunk by chunk
+//
+// A chunk is what fits kChunkBytes. 1×1 convolutions multiply the input as it is. Tensors whose pixels lie evenly spaced
+// (NCHW, channels_last) are multiplied in place, others are packed into the workspace first. For TF32
+// cuBLAS rounds the operands to nearest itself (measured; the tests hold it to that).
+#include <algorithm>
+
+#include "cuda/algorithms.h"
+#include "cuda/gemm.h"
+#include "cuda/im2col.h"
+
+namespace convops::cuda {
+namespace {
+
+// Large: chunks that stay in L2 (32 MB) are products too small to fill an H200 and took up to twice as
+// long as these (docs/im2col_gemm.md).
+constexpr int64_t kChunkBytes = int64_t{1024} << 20;
+// Images with fewer pixels are packed side by side for backward-weight: one product with a long sum
+// instead of many with a short one.
+constexpr int64_t kFewPixels = 4096;
+constexpr int64_t kAlignment = 256;
+
+// For the cost: the share of the peak cuBLAS reaches, the rates of its dtypes over float32 FMA, the
+// rows a tile has at least, and what a launch costs.
+constexpr double kGemmFraction = 0.75;
+constexpr double kTf32Speedup = 6.0, kHalfSpeedup = 12.0, kDoubleSpeedup = 0.5;
+constexpr double kTileRows = 64;
+constexpr double kLaunchSeconds = 4e-6;
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+DType sum_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+void* advance(void* data, int64_t elements, DType dtype) {
+  return static_cast<char*>(data) + elements * element_size(dtype);
+}
+
+// Channels × pixels of some images: an operand of the products. Channels of a group follow each other,
+// groups too.
+struct PixelMatrix {
+  void* data;
+  DType dtype;
+  int64_t image_stride, channel_stride, pixel_stride;
+
+  // All groups of one image as a batch of (channels × pixels).
+  Matrix image(int64_t index, int64_t group_channels) const {
+    return {advance(data, index * image_stride, dtype), group_channels * channel_stride,
+            channel_stride, pixel_stride};
+  }
+  // One group of all images as a batch.
+  Matrix group(int64_t index, int64_t group_channels) const {
+    return {advance(data, index * group_channels * channel_stride, dtype), image_stride,
+            channel_stride, pixel_stride};
+  }
+  // Whether the next image's pixels go on where one's end.
+  bool is_merged(int64_t images, int64_t image_pixels) const {
+    return images == 1 || image_stride == image_pixels * pixel_stride;
+  }
+};
+
+PixelMatrix pixel_matrix(const Tensor4& t, void* data, DType dtype, const Chunk& chunk) {
+  return {advance(data, chunk.image * t.stride[0] + chunk.row * t.stride[2], dtype), dtype,
+          t.stride[0], t.stride[1], pixel_stride(t)};
+}
+
+// The input is its own column matrix and is read (backward-input: written) in place.
+bool skips_im2col(const ConvProblem& p) {
+  return p.is_pointwise() && is_pixel_matrix(p.input, p.group_in_channels());
+}
+
+// Whether the gradient of the output must be copied into the chunk.
+bool packs_output(const ConvProblem& p) {
+  if (p.direction == Direction::kForward) return false;
+  if (!is_pixel_matrix(p.output, p.group_out_channels())) return true;
+  return p.direction == Direction::kBackwardWeight && p.output_pixels() < kFewPixels;
+}
+
+bool packs_weight(const ConvProblem& p) {
+  return p.direction == Direction::kBackwardWeight || !p.weight.is_contiguous();
+}
+
+DType columns_dtype(const ConvProblem& p) {
+  return p.direction == Direction::kBackwardInput ? sum_dtype(p.dtype) : p.dtype;
+}
+
+// Workspace per row of output pixels; 0 where everything is multiplied in place.
+int64_t row_bytes(const ConvProblem& p) {
+  const int64_t columns =
+      skips_im2col(p) ? 0 : p.groups * p.taps() * element_size(columns_dtype(p));
+  const int64_t output = packs_output(p) ? p.out_channels() * element_size(p.dtype) : 0;
+  return (columns + output) * p.output_size().w;
+}
+
+int64_t weight_bytes(const ConvProblem& p) {
+  if (!packs_weight(p)) return 0;
+  return aligned(p.weight.numel() * element_size(p.direction == Direction::kBackwardWeight
+                                                     ? sum_dtype(p.dtype)
+                                                     : p.dtype));
+}
+
+// What the padding of the chunk's rows may take on top.
+int64_t padding_bytes(const ConvProblem& p) {
+  return padded_pixels(1) * element_size(columns_dtype(p)) *
+         (p.groups * p.taps() + p.out_channels());
+}
+
+int64_t fixed_bytes(const ConvProblem& p) {
+  return weight_bytes(p) + (row_bytes(p) ? padding_bytes(p) : 0);
+}
+
+// Backward-input works on input rows; one of them needs at most this many output rows.
+int64_t minimum_rows(const ConvProblem& p) {
+  if (p.direction != Direction::kBackwardInput) return 1;
+  return std::min(p.output_size().h, (p.kernel().h - 1) * p.dilation.h / p.stride.h + 1);
+}
+
+class Run {
+ public:
+  Run(const ConvProblem& p, const Operands& operands, const Execution& execution)
+      : p_(p),
+        operands_(operands),
+        stream_(execution.stream),
+        packed_weight_(execution.workspace),
+        chunk_data_(static_cast<char*>(execution.workspace) + weight_bytes(p)) {
+    const int64_t widest = std::max<int64_t>(1, kMaxGemmExtent / p.output_size().w);
+    const int64_t bytes = row_bytes(p);
+    budget_rows_ =
+        bytes ? std::min(widest, (execution.workspace_bytes - fixed_bytes(p)) / bytes) : widest;
+  }
+
+  void forward() {
+    if (p_.has_bias) {
+      Tensor4 bias = p_.output;
+      for (int i = 0; i < 4; ++i) bias.stride[i] = i == 1 ? p_.bias_stride : 0;
+      copy(p_.output, operands_.output, p_.dtype, bias, operands_.bias, p_.dtype, stream_);
+    }
+    const Matrix weight = weight_matrix();
+    for_each_output_chunk([&](const Chunk& chunk) {
+      multiply_pixels(weight, p_.group_out_channels(), p_.taps(), input_columns(chunk),
+                      pixel_matrix(p_.output, operands_.output, p_.dtype, chunk), chunk,
+                      p_.has_bias ? Accumulate::kYes : Accumulate::kNo);
+    });
+  }
+
+  void backward_input() {
+    const Matrix weight = weight_matrix().transposed();
+    if (skips_im2col(p_)) {
+      for_each_output_chunk([&](const Chunk& chunk) {
+        multiply_pixels(weight, p_.taps(), p_.group_out_channels(), grad_output(chunk),
+                        pixel_matrix(p_.input, operands_.input, p_.dtype, chunk), chunk,
+                        Accumulate::kNo);
+      });
+      return;
+    }
+    // As many input rows as keep the output rows they need within the budget.
+    const int64_t all = p_.output_size().h, halo = minimum_rows(p_) - 1;
+    const int64_t rows = budget_rows_ >= all
+                             ? budget_rows_ / all * p_.input_size().h
+                             : std::max<int64_t>(1, (budget_rows_ - halo - 1) * p_.stride.h + 1);
+    for_each_chunk(p_.batch(), p_.input_size().h, rows, 1, [&](const Chunk& input_rows) {
+      const Chunk chunk = output_rows_of(p_, input_rows);
+      const Columns columns = packed_columns(chunk_data_, p_, chunk);
+      if (chunk.rows > 0)
+        multiply_pixels(weight, p_.taps(), p_.group_out_channels(), grad_output(chunk),
+                        column_matrix(columns), chunk, Accumulate::kNo);
+      col2im(p_, columns, columns_dtype(p_), input_rows, operands_.input, stream_);
+    });
+  }
+
+  void backward_weight() {
+    const DType sum = sum_dtype(p_.dtype);
+    const Matrix weight{packed_weight_, p_.group_out_channels() * p_.taps(), p_.taps(), 1};
+    Accumulate accumulate = Accumulate::kNo;
+    for_each_output_chunk([&](const Chunk& chunk) {
+      const PixelMatrix columns = input_columns(chunk), output = grad_output(chunk);
+      const int64_t image_pixels = chunk.rows * p_.output_size().w;
+      const bool merged = columns.is_merged(chunk.images, image_pixels) &&
+                          output.is_merged(chunk.images, image_pixels);
+      for (int64_t image = 0; image < (merged ? 1 : chunk.images); ++image) {
+        gemm(p_.dtype, sum, p_.precision,
+             {p_.groups, p_.group_out_channels(), p_.taps(),
+              merged ? chunk.images * image_pixels : image_pixels},
+             output.image(image, p_.group_out_channels()),
+             columns.image(image, p_.taps()).transposed(), weight, accumulate);
+        accumulate = Accumulate::kYes;
+      }
+    });
+    copy(p_.weight, operands_.weight, p_.dtype, packed_weight_shape(), packed_weight_, sum, stream_);
+  }
+
+ private:
+  // A chunk of an image begins at an aligned row of the output: cuBLAS takes half as long there.
+  template <typename F>
+  void for_each_output_chunk(const F& f) const {
+    for_each_chunk(p_.batch(), p_.output_size().h, budget_rows_, aligned_rows(p_.output_size().w),
+                   f);
+  }
+
+  Tensor4 packed_weight_shape() const { return Tensor4::contiguous(p_.weight.size); }
+
+  // (group out channels × taps) for every group, packed if need be.
+  Matrix weight_matrix() const {
+    void* data = operands_.weight;
+    if (packs_weight(p_)) {
+      data = packed_weight_;
+      copy(packed_weight_shape(), data, p_.dtype, p_.weight, operands_.weight, p_.dtype,
+           stream_);
+    }
+    return {data, p_.group_out_channels() * p_.taps(), p_.taps(), 1};
+  }
+
+  PixelMatrix column_matrix(const Columns& columns) const {
+    return {columns.data, columns_dtype(p_), columns.image_stride, columns.tap_stride,
+            columns.pixel_stride};
+  }
+
+  // The input's columns: im2col's, or the input itself.
+  PixelMatrix input_columns(const Chunk& chunk) const {
+    if (skips_im2col(p_)) return pixel_matrix(p_.input, operands_.input, p_.dtype, chunk);
+    const Columns columns = packed_columns(chunk_data_, p_, chunk);
+    im2col(p_, operands_.input, columns, stream_);
+    return column_matrix(columns);
+  }
+
+  // The gradient of the output: in place, or packed behind the columns as (channel, image, pixel).
+  PixelMatrix grad_output(const Chunk& chunk) const {
+    if (!packs_output(p_)) return pixel_matrix(p_.output, operands_.output, p_.dtype, chunk);
+    const int64_t pixels = padded_pixels(chunk.pixels(p_));
+    const int64_t image_pixels = chunk.rows * p_.output_size().w;
+    void* data = chunk_data_;
+    if (!skips_im2col(p_)) data = advance(data, p_.groups * p_.taps() * pixels, columns_dtype(p_));
+    const int64_t size[4] = {chunk.images, p_.out_channels(), chunk.rows, p_.output_size().w};
+    Tensor4 from = p_.output, to = p_.output;
+    std::copy(size, size + 4, from.size);
+    std::copy(size, size + 4, to.size);
+    const int64_t stride[4] = {image_pixels, pixels, p_.output_size().w, 1};
+    std::copy(stride, stride + 4, to.stride);
+    copy(to, data, p_.dtype, from,
+         pixel_matrix(p_.output, operands_.output, p_.dtype, chunk).data, p_.dtype,
+         stream_);
+    return {data, p_.dtype, image_pixels, pixels, 1};
+  }
+
+  // out(m, pixels) = weight(m, k) · in(k, pixels) for every group and image of the chunk, in as few
+  // calls as the layouts allow.
+  void multiply_pixels(const Matrix& weight, int64_t m, int64_t k, const PixelMatrix& in,
+                       const PixelMatrix& out, const Chunk& chunk, Accumulate accumulate) const {
+    const int64_t image_pixels = chunk.rows * p_.output_size().w, images = chunk.images;
+    const auto product = [&](int64_t batch, int64_t n, const Matrix& a, const Matrix& b,
+                             const Matrix& c) {
+      gemm(p_.dtype, out.dtype, p_.precision, {batch, m, n, k}, a, b, c, accumulate);
+    };
+    if (in.is_merged(images, image_pixels) && out.is_merged(images, image_pixels)) {
+      product(p_.groups, images * image_pixels, weight, in.image(0, k), out.image(0, m));
+    } else if (p_.groups < images) {
+      for (int64_t group = 0; group < p_.groups; ++group) {
+        const Matrix one{advance(weight.data, group * weight.batch_stride, p_.dtype), 0,
+                         weight.row_stride, weight.column_stride};
+        product(images, image_pixels, one, in.group(group, k), out.group(group, m));
+      }
+    } else {
+      for (int64_t image = 0; image < images; ++image)
+        product(p_.groups, image_pixels, weight, in.image(image, k), out.image(image, m));
+    }
+  }
+
+  const ConvProblem& p_;
+  const Operands& operands_;
+  void* stream_;
+  void* packed_weight_;
+  void* chunk_data_;
+  int64_t budget_rows_;
+};
+
+class Im2colGemm final : public Algorithm {
+ public:
+  std::string name() const override { return "im2col_gemm"; }
+  DeviceType device_type() const override { return DeviceType::kCuda; }
+
+  std::string can_run(const ConvProblem& p, const Device&) const override {
+    if (p.batch() == 0 || p.taps() == 0) return "nothing to sum";
+    if (p.output_pixels() >= kMaxGemmExtent || p.input_size().h * p.input_size().w >= kMaxGemmExtent)
+      return "an image has more pixels than cuBLAS can count";
+    return "";
+  }
+
+  double cost(const ConvProblem& p, const Device& device) const override {
+    double rate = device.fp32_flops * kGemmFraction;
+    if (p.dtype == DType::kFloat64) rate *= kDoubleSpeedup;
+    else if (p.dtype != DType::kFloat32) rate *= kHalfSpeedup;
+    else if (p.precision == Precision::kTf32) rate *= kTf32Speedup;
+    const double rows = double(p.group_out_channels());
+    const double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
+    const double column_bytes =
+        skips_im2col(p) ? 0
+                        : 2.0 * double(p.groups * p.taps()) * double(p.batch()) *
+                              double(p.output_pixels()) * double(element_size(columns_dtype(p)));
+    const double chunks = std::max(1.0, column_bytes / 2 / kChunkBytes);
+    // Where neither groups nor images merge into one call, the fewer of them are calls of their own.
+    const double calls = p.groups == 1 ? 1.0 : double(std::min(p.groups, p.batch()));
+    return p.flops() * tiles / rate + (column_bytes + p.bytes()) / device.bandwidth +
+           (2 + 2 * chunks + calls) * kLaunchSeconds;
+  }
+
+  WorkspaceRange workspace(const ConvProblem& p, const Device&) const override {
+    const int64_t fixed = fixed_bytes(p), bytes = row_bytes(p);
+    if (bytes == 0) return {fixed, fixed};
+    const int64_t least = minimum_rows(p), rows = p.batch() * p.output_size().h;
+    const int64_t wanted = std::clamp(kChunkBytes / bytes, least, std::max(rows, least));
+    return {fixed + least * bytes, fixed + wanted * bytes};
+  }
+
+  void run(const ConvProblem& p, const Operands& operands,
+           const Execution& execution) const override {
+    Run run(p, operands, execution);
+    switch (p.direction) {
+      case Direction::kForward:
+        return run.forward();
+      case Direction::kBackwardInput:
+        return run.backward_input();
+      case Direction::kBackwardWeight:
+        return run.backward_weight();
+    }
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Algorithm> make_im2col_gemm() { return std::make_unique<Im2colGemm>(); }
+
+}  // namespace convops::cuda

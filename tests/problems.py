@@ -1,0 +1,205 @@
+"""The one list of convolution problems that every test and benchmark draws from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of a convolution of an n×c×h×w input with o filters.
+
+    `padding` is (top and bottom, left and right) or "same".
+    """
+
+    name: str
+    n: int
+    c: int
+    h: int
+    w: int
+    o: int
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair | str = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    bias: bool = False
+
+    @property
+    def input_size(self) -> tuple[int, int, int, int]:
+        return (self.n, self.c, self.h, self.w)
+
+    @property
+    def weight_size(self) -> tuple[int, int, int, int]:
+        return (self.o, self.c // self.groups, *self.kernel)
+
+    @property
+    def output_size(self) -> tuple[int, int, int, int]:
+        top, bottom, left, right = self.padding_sides
+        height, width = (
+            (size + padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, padding, kernel, stride, dilation in zip(
+                (self.h, self.w),
+                (top + bottom, left + right),
+                self.kernel,
+                self.stride,
+                self.dilation,
+                strict=True,
+            )
+        )
+        return (self.n, self.o, height, width)
+
+    @property
+    def padding_sides(self) -> tuple[int, int, int, int]:
+        """Padding at the top, bottom, left and right, as the core ops take it."""
+        if self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+            (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
+            return (top, bottom, left, right)
+        vertical, horizontal = self.padding
+        return (vertical, vertical, horizontal, horizontal)
+
+    @property
+    def taps(self) -> int:
+        """Products summed for one output element."""
+        return math.prod(self.weight_size[1:])
+
+    def scaled(self, max_elements: int) -> Problem:
+        """The same problem with fewer images and pixels, so that no tensor has more elements.
+
+        Channels, kernel and window stay: they decide which code runs.
+        """
+        problem = self
+        while (
+            max(math.prod(size) for size in (problem.input_size, problem.output_size))
+            > max_elements
+        ):
+            least_h, least_w = (
+                max(1, dilation * (kernel - 1) + 1)
+                for dilation, kernel in zip(self.dilation, self.kernel, strict=True)
+            )
+            if problem.n > 1:
+                smaller = dataclasses.replace(problem, n=problem.n // 2)
+            else:
+                smaller = dataclasses.replace(
+                    problem, h=max(least_h, problem.h * 2 // 3), w=max(least_w, problem.w * 2 // 3)
+                )
+            if smaller == problem:
+                break
+            problem = smaller
+        return problem
+
+
+SEEDS = [
+    Problem("kb55", 8, 64, 512, 1024, 128, (3, 3)),
+    Problem("kb63", 16, 16, 1024, 1024, 128, (3, 3)),
+    Problem("kb62", 8, 32, 512, 512, 64, (5, 9)),
+    Problem("kb56", 8, 64, 512, 256, 128, (5, 7)),
+]
+
+# KernelBench level 1, the conv2d family.
+KERNELBENCH = [
+    Problem("kb50", 256, 3, 224, 224, 96, (11, 11), (4, 4), (2, 2), bias=True),
+    *SEEDS,
+    Problem("kb80", 8, 32, 512, 512, 64, (5, 9), padding=(2, 4), dilation=(2, 3)),
+    Problem("kb82", 16, 64, 512, 512, 64, (3, 3), groups=64),
+    Problem("kb83", 64, 8, 512, 512, 8, (3, 1), groups=8),
+    Problem("kb84", 64, 128, 256, 512, 128, (3, 3), groups=128),
+    Problem("kb85", 32, 128, 128, 256, 128, (3, 7), groups=128),
+    Problem("kb86_depthwise", 16, 64, 512, 512, 64, (3, 3), padding=(1, 1), groups=64),
+    Problem("kb86_pointwise", 16, 64, 512, 512, 128, (1, 1)),
+    Problem("kb87", 16, 64, 1024, 1024, 128, (1, 1)),
+]
+
+
+def _resnet50(batch: int = 64) -> list[Problem]:
+    """Every distinct convolution of ResNet-50 (He et al. 2015, stride in the 3×3 as torchvision)."""
+    problems = [Problem("r50_stem", batch, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3))]
+    inputs, size = 64, 56
+    for stage, width in enumerate((64, 128, 256, 512), start=1):
+        outputs, stride = 4 * width, 1 if stage == 1 else 2
+        out_size = size // stride
+        name = f"r50_{stage}"
+        problems += [
+            Problem(f"{name}_in", batch, inputs, size, size, width, (1, 1)),
+            Problem(f"{name}_in_next", batch, outputs, out_size, out_size, width, (1, 1)),
+            Problem(f"{name}_3x3", batch, width, out_size, out_size, width, (3, 3), padding=(1, 1)),
+            Problem(f"{name}_out", batch, width, out_size, out_size, outputs, (1, 1)),
+            Problem(
+                f"{name}_shortcut", batch, inputs, size, size, outputs, (1, 1), (stride, stride)
+            ),
+        ]
+        if stride == 2:
+            problems.append(
+                Problem(f"{name}_3x3_s2", batch, width, size, size, width, (3, 3), (2, 2), (1, 1))
+            )
+        inputs, size = outputs, out_size
+    return problems
+
+
+RESNET50 = _resnet50()
+
+DEPTHWISE = [
+    Problem("convnext_7x7", 64, 96, 56, 56, 96, (7, 7), padding=(3, 3), groups=96),
+    Problem("convnext_7x7_14", 64, 384, 14, 14, 384, (7, 7), padding=(3, 3), groups=384),
+    Problem("convnext_7x7_14_batch1", 1, 384, 14, 14, 384, (7, 7), padding=(3, 3), groups=384),
+    Problem("efficientnet_3x3", 64, 192, 56, 56, 192, (3, 3), padding=(1, 1), groups=192),
+    Problem("efficientnet_5x5_s2", 64, 240, 28, 28, 240, (5, 5), (2, 2), (2, 2), groups=240),
+    Problem("replknet_31x31", 16, 128, 56, 56, 128, (31, 31), padding=(15, 15), groups=128),
+]
+
+GROUPED = [
+    Problem("resnext_8_a_group", 32, 256, 56, 56, 256, (3, 3), padding=(1, 1), groups=32),
+    Problem("regnet_16_a_group", 32, 224, 28, 28, 224, (3, 3), padding=(1, 1), groups=14),
+]
+
+DILATED = [Problem("deeplab_d4", 8, 256, 65, 65, 256, (3, 3), padding=(4, 4), dilation=(4, 4))]
+
+# What breaks kernels: everything odd, one-sided or degenerate, small enough for every test.
+ODD = [
+    Problem("one_pixel", 1, 1, 1, 1, 1, (1, 1)),
+    Problem("one_channel", 2, 1, 9, 7, 1, (3, 3), bias=True),
+    Problem("odd_sizes", 3, 5, 13, 11, 7, (3, 5), (1, 1), (1, 2), bias=True),
+    Problem("asymmetric_window", 2, 3, 17, 23, 4, (2, 4), (3, 2), (1, 3), (2, 1), bias=True),
+    Problem("same_even_kernel", 2, 3, 10, 9, 4, (4, 2), padding="same", dilation=(1, 3)),
+    Problem("same_odd_kernel", 2, 4, 8, 8, 4, (3, 5), padding="same", groups=2, bias=True),
+    Problem("stride_past_kernel", 2, 3, 20, 19, 5, (2, 2), (5, 4), bias=True),
+    Problem("padding_past_kernel", 1, 2, 5, 6, 3, (2, 2), padding=(4, 5), bias=True),
+    Problem("wide_dilation", 1, 3, 25, 25, 4, (3, 3), padding=(9, 10), dilation=(10, 11)),
+    Problem("kernel_is_input", 2, 3, 6, 7, 5, (6, 7), bias=True),
+    Problem("row", 2, 4, 1, 40, 6, (1, 5), padding=(0, 2), bias=True),
+    Problem("column", 2, 4, 40, 1, 6, (5, 1), padding=(2, 0)),
+    Problem("pointwise", 2, 16, 12, 10, 24, (1, 1), bias=True),
+    Problem("pointwise_strided", 2, 16, 13, 11, 24, (1, 1), (2, 2)),
+    Problem("pointwise_grouped", 3, 12, 9, 9, 8, (1, 1), groups=4, bias=True),
+    Problem("grouped", 2, 12, 11, 10, 18, (3, 3), padding=(1, 1), groups=3, bias=True),
+    Problem("grouped_many", 2, 32, 9, 9, 32, (3, 3), padding=(1, 1), groups=8),
+    Problem("depthwise", 2, 8, 15, 14, 8, (3, 3), padding=(1, 1), groups=8, bias=True),
+    Problem("depthwise_multiplier", 2, 6, 12, 13, 18, (5, 3), (2, 1), (2, 1), groups=6, bias=True),
+    Problem("depthwise_large", 1, 4, 33, 30, 4, (31, 29), padding=(15, 14), groups=4),
+    Problem("many_channels", 1, 130, 6, 5, 70, (3, 3), padding=(1, 1), bias=True),
+    Problem("many_images", 33, 3, 7, 7, 8, (3, 3), padding=(1, 1)),
+    Problem("no_images", 0, 3, 8, 8, 4, (3, 3), bias=True),
+    Problem("no_channels", 2, 0, 6, 6, 4, (3, 3), bias=True),
+]
+
+# Tensors of more than 2^31 elements (GPU with more than 40 GB only).
+HUGE = [
+    Problem("huge_output", 2, 1, 32768, 16384, 3, (1, 3)),
+    Problem("huge_batch", 70000, 1, 176, 176, 1, (3, 3)),
+]
+
+# Real layers made small enough for a CPU in a test.
+SMALL = ODD + [
+    problem.scaled(20_000)
+    for problem in [*KERNELBENCH, RESNET50[0], *DEPTHWISE[:-1], *GROUPED, *DILATED]
+]
+
+PROBLEMS: dict[str, Problem] = {
+    problem.name: problem
+    for problem in [*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DILATED, *ODD, *HUGE]
+}
