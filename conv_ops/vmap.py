@@ -80,33 +80,26 @@ class _Batch:
 def _conv2d_forward(info, in_dims, input, weight, bias, stride, padding, dilation, groups, *choice):
     input_dim, weight_dim, bias_dim = in_dims[:3]
     batch = _Batch(info.batch_size, groups, "output", input=input_dim, weight=weight_dim)
-    # The bias goes along with the weight, unless it alone is batched.
     added = None
-    if bias is not None and weight_dim is not None:
+    if weight_dim is not None and bias is not None:  # the bias goes along with its weight
         if bias_dim is None:
             bias, bias_dim = bias.expand(info.batch_size, -1), 0
         bias = batch.fold(bias, bias_dim, "bias")
-    elif bias_dim is not None:
-        added, bias = bias.movedim(bias_dim, 0), None
-    if input_dim is None and weight_dim is None:
-        output = torch.ops.convops.conv2d_forward(
-            input, weight, None, stride, padding, dilation, groups, *choice
-        ).unsqueeze(0)
-    else:
-        output = torch.ops.convops.conv2d_forward(
-            batch.fold(input, input_dim, "input"),
-            batch.fold(weight, weight_dim, "weight"),
-            bias,
-            stride,
-            padding,
-            dilation,
-            batch.groups,
-            *choice,
-        )
+    elif bias_dim is not None:  # one weight, many biases
+        added, bias = bias.movedim(bias_dim, 0)[:, None, :, None, None], None
+    output = torch.ops.convops.conv2d_forward(
+        batch.fold(input, input_dim, "input"),
+        batch.fold(weight, weight_dim, "weight"),
+        bias,
+        stride,
+        padding,
+        dilation,
+        batch.groups,
+        *choice,
+    )
+    if input_dim is not None or weight_dim is not None:
         output = batch.unfold(output, "output")
-    if added is not None:
-        output = output + added[:, None, :, None, None]
-    return output, 0
+    return (output, 0) if added is None else (output + added, 0)
 
 
 def _conv2d_backward_input(

@@ -1,8 +1,10 @@
 #include "problem.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <sstream>
+#include <utility>
 
 #include "check.h"
 
@@ -160,6 +162,21 @@ std::string layout_name(const Tensor4& tensor) {
   std::ostringstream out;
   write(out, std::vector<int64_t>(tensor.stride, tensor.stride + 4));
   return out.str();
+}
+
+// torch's is_non_overlapping_and_dense.
+bool is_dense(const Tensor4& tensor) {
+  std::array<std::pair<int64_t, int64_t>, 4> dimensions;  // stride, size
+  for (int i = 0; i < 4; ++i) dimensions[i] = {tensor.stride[i], tensor.size[i]};
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (size == 0) return true;
+    if (size == 1) continue;
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
 }
 
 bool strides_equal(const Tensor4& a, const Tensor4& b) {
@@ -332,6 +349,8 @@ ConvProblem backward_weight_problem(const TensorInfo& grad_output, const TensorI
   const int64_t size[4] = {weight_size[0], weight_size[1], weight_size[2], weight_size[3]};
   const Tensor4 weight = weight_stride.empty() ? Tensor4::contiguous(size)
                                                : tensor4(weight_size, weight_stride);
+  check(is_dense(weight), "expected weight_stride of a non-overlapping and dense tensor of size ",
+        weight_size, ", but got weight_stride=", weight_stride);
   return make_problem(Direction::kBackwardWeight, grad_output.dtype, tensor4(input), weight,
                       tensor4(grad_output), window, arguments.groups);
 }

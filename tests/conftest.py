@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
+# Before anything reads it: no test may touch the user's tuned choices.
+os.environ["CONVOPS_CACHE_DIR"] = tempfile.mkdtemp(prefix="conv_ops_test_cache_")
+
 import pytest
 import torch
 

@@ -11,7 +11,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments of a convolution of an n×c×h×w input with o filters.
+    """Arguments of a convolution of an (n, c, h, w) input with o filters.
 
     `padding` is (top and bottom, left and right) or "same".
     """
@@ -117,7 +117,7 @@ KERNELBENCH = [
 
 
 def _resnet50(batch: int = 64) -> list[Problem]:
-    """Every distinct convolution of ResNet-50 (He et al. 2015, stride in the 3×3 as torchvision)."""
+    """Every distinct convolution of ResNet-50 (He et al. 2015), strides as in torchvision."""
     problems = [Problem("r50_stem", batch, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3))]
     inputs, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512), start=1):

@@ -71,9 +71,7 @@ def forward(problem: Problem, x: Tensor, w: Tensor, bias: Tensor | None) -> Tens
     if problem.c == 0:  # F.conv2d's own answer has no channels
         result = torch.zeros(problem.output_size, dtype=torch.float64)
         return result if bias is None else result + bias.view(1, -1, 1, 1)
-    return F.conv2d(
-        x, w, bias, problem.stride, problem.padding, problem.dilation, problem.groups
-    )
+    return F.conv2d(x, w, bias, problem.stride, problem.padding, problem.dilation, problem.groups)
 
 
 def backward_input(problem: Problem, grad_output: Tensor, w: Tensor) -> Tensor:
@@ -97,6 +95,17 @@ def _gradient(
     y = forward(problem, x, w, None)
     (result,) = torch.autograd.grad(y, (x, w)[wanted], grad_output.double().cpu())
     return result
+
+
+def compute(
+    problem: Problem, direction: str, x: Tensor, w: Tensor, bias: Tensor | None, grad_output: Tensor
+) -> Tensor:
+    """What an op of that direction makes of the operands, in float64 on the CPU."""
+    if direction == "forward":
+        return forward(problem, x, w, bias)
+    if direction == "backward_input":
+        return backward_input(problem, grad_output, w)
+    return backward_weight(problem, grad_output, x)
 
 
 def assert_close(

@@ -129,10 +129,11 @@ __device__ __forceinline__ void multiply(const Shared<Tile, Sum>& shared, int ro
   }
 }
 
-// Forward and backward-input: columns are pixels, the sum is over taps.
+// Forward and backward-input: columns are pixels, the sum is over taps. One block a multiprocessor is
+// what the registers must allow at least: without the 1 ptxas aims at two and spills.
 // Grid: x pixel tiles, y row tiles, z groups.
 template <Direction kDirection, typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     pixels_kernel(const __grid_constant__ ConvProblem p, const T* __restrict__ tensor,
                   const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ result) {
   using Sum = AccumulateType<T>;
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
 // Backward-weight: columns are taps, the sum is over output rows [split · rows / splits, ...).
 // Grid: x tap tiles, y row tiles, z groups · splits. Without splits the result itself is written.
 template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     taps_kernel(const __grid_constant__ ConvProblem p, const T* __restrict__ input,
                 const T* __restrict__ grad_output, int splits,
                 AccumulateType<T>* __restrict__ partial, T* __restrict__ result) {

@@ -1,0 +1,409 @@
+"""Every algorithm on every problem it accepts, in three directions, against fp64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from problems import HUGE, ODD, SEEDS, SMALL, Problem
+from reference import DTYPES, LAYOUTS, assert_close
+from torch import Tensor
+
+import conv_ops
+from conv_ops import _C
+
+ops = torch.ops.convops
+
+DIRECTIONS = ["forward", "backward_input", "backward_weight"]
+# A problem that an algorithm refuses is skipped with the reason.
+ALGORITHMS = {
+    device: [entry["name"] for entry in _C.algorithms() if entry["device"] == device]
+    for device in ("cpu", "cuda")
+}
+ALL_ALGORITHMS = list(dict.fromkeys(itertools.chain(*ALGORITHMS.values())))
+
+
+def run(
+    problem: Problem,
+    direction: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    grad_output: Tensor,
+    *,
+    precision: str = "ieee",
+    algorithm: str | None = None,
+) -> Tensor:
+    window = (
+        list(problem.stride),
+        list(problem.padding_sides),
+        list(problem.dilation),
+        problem.groups,
+        precision,
+        algorithm,
+    )
+    if direction == "forward":
+        return ops.conv2d_forward(x, w, bias, *window)
+    if direction == "backward_input":
+        return ops.conv2d_backward_input(grad_output, w, problem.input_size, *window)
+    # As autograd: the weight's strides where a gradient can have them.
+    stride = w.stride() if torch.empty_like(w).stride() == w.stride() else ()
+    return ops.conv2d_backward_weight(grad_output, x, problem.weight_size, stride, *window)
+
+
+def skip_if_missing(algorithm: str, device: str) -> None:
+    if algorithm not in ALGORITHMS[device]:
+        pytest.skip(f"{device} has no {algorithm}")
+
+
+def check(problem: Problem, direction: str, result: Tensor, tensors: tuple, precision: str) -> None:
+    lengths = {
+        "forward": problem.taps + problem.bias,
+        "backward_input": problem.o // problem.groups * math.prod(problem.kernel),
+        "backward_weight": problem.n * math.prod(problem.output_size[2:]),
+    }
+    magnitudes = (None if tensor is None else tensor.abs() for tensor in tensors)
+    assert_close(
+        result,
+        reference.compute(problem, direction, *tensors),
+        reference.compute(problem, direction, *magnitudes),
+        lengths[direction],
+        precision=precision,
+    )
+
+
+@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", SMALL, ids=lambda p: p.name)
+def test_every_algorithm(
+    problem: Problem, dtype: torch.dtype, direction: str, algorithm: str, device: str
+) -> None:
+    skip_if_missing(algorithm, device)
+    tensors = reference.operands(problem, dtype, device)
+    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+        try:
+            result = run(problem, direction, *tensors, precision=precision, algorithm=algorithm)
+        except RuntimeError as error:
+            if "cannot run" not in str(error):
+                raise
+            pytest.skip(str(error))
+        check(problem, direction, result, tensors, precision)
+
+
+@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=3)), ids="-".join)
+def test_every_layout(
+    layouts: tuple[str, str, str], direction: str, algorithm: str, device: str
+) -> None:
+    """Input, weight and gradient in any strides; PyTorch's output strides."""
+    skip_if_missing(algorithm, device)
+    problem = Problem("layout", 3, 8, 7, 6, 12, (3, 2), (2, 1), (1, 1), groups=2, bias=True)
+    x, w, bias, grad_output = reference.operands(problem, torch.float32, device)
+    x, w, grad_output = (
+        LAYOUTS[name](t) for name, t in zip(layouts, (x, w, grad_output), strict=True)
+    )
+    tensors = (x, w, bias, grad_output)
+    result = run(problem, direction, *tensors, algorithm=algorithm)
+    check(problem, direction, result, tensors, "ieee")
+    if direction == "forward":
+        expected = F.conv2d(x, w, bias, problem.stride, problem.padding, groups=problem.groups)
+        assert result.stride() == expected.stride()
+    elif direction == "backward_weight":
+        assert result.stride() == torch.empty_like(w).stride()
+
+
+@pytest.mark.parametrize("problem", SEEDS, ids=lambda p: p.name)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chosen_algorithm_on_seeds(
+    problem: Problem, direction: str, dtype: torch.dtype, device: str
+) -> None:
+    problem = problem.scaled(400_000)
+    tensors = reference.operands(problem, dtype, device)
+    check(problem, direction, run(problem, direction, *tensors), tensors, "ieee")
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Any legal problem whose tensors have at most some thousand elements."""
+    kernel = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+    stride = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    padding: tuple[int, int] | str = (draw(st.integers(0, 4)), draw(st.integers(0, 4)))
+    if stride == (1, 1) and draw(st.booleans()):
+        padding = "same"
+    groups = draw(st.integers(1, 4))
+    problem = Problem(
+        "drawn",
+        draw(st.integers(0, 3)),
+        groups * draw(st.integers(1, 4)),
+        draw(st.integers(1, 14)),
+        draw(st.integers(1, 14)),
+        groups * draw(st.integers(1, 4)),
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        draw(st.booleans()),
+    )
+    assume(min(problem.output_size[2:]) >= 1)
+    return problem
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    problem=problems(),
+    dtype=st.sampled_from(DTYPES),
+    direction=st.sampled_from(DIRECTIONS),
+    channels_last=st.booleans(),
+)
+def test_drawn_problems(
+    device: str, problem: Problem, dtype: torch.dtype, direction: str, channels_last: bool
+) -> None:
+    x, w, bias, grad_output = reference.operands(problem, dtype, device)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    tensors = (x, w, bias, grad_output)
+    for algorithm in ALGORITHMS[device]:
+        if problem.n == 0 and algorithm != "direct":
+            continue
+        result = run(problem, direction, *tensors, algorithm=algorithm)
+        check(problem, direction, result, tensors, "ieee")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", ODD, ids=lambda p: p.name)
+def test_output_strides_are_those_of_torch(
+    problem: Problem, dtype: torch.dtype, layout: str, device: str
+) -> None:
+    if problem.c == 0:
+        pytest.skip("F.conv2d gives an output without channels")
+    x, w, bias, _ = reference.operands(problem, dtype, device)
+    x = LAYOUTS[layout](x)
+    result = ops.conv2d_forward(
+        x,
+        w,
+        bias,
+        list(problem.stride),
+        list(problem.padding_sides),
+        list(problem.dilation),
+        problem.groups,
+    )
+    # oneDNN (torch 2.13) crashes on padding past the kernel; switched off, strides are the same.
+    with torch.backends.mkldnn.flags(enabled=problem.name != "padding_past_kernel"):
+        expected = F.conv2d(
+            x, w, bias, problem.stride, problem.padding, problem.dilation, problem.groups
+        )
+    assert result.shape == expected.shape
+    assert result.stride() == expected.stride()
+    assert result.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
+def test_same_bits_every_time(algorithm: str, direction: str, device: str) -> None:
+    problem = Problem("repeat", 5, 16, 33, 31, 24, (3, 3), (2, 1), (1, 1), groups=2, bias=True)
+    skip_if_missing(algorithm, device)
+    tensors = reference.operands(problem, torch.float32, device)
+    first = run(problem, direction, *tensors, algorithm=algorithm)
+    for _ in range(5):
+        assert torch.equal(first, run(problem, direction, *tensors, algorithm=algorithm))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("operand", ["input", "weight", "bias"])
+@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
+def test_nan_and_inf_stay_where_fp64_has_them(
+    algorithm: str, operand: str, value: float, device: str
+) -> None:
+    problem = Problem("nan", 2, 4, 9, 10, 6, (3, 3), (1, 2), (2, 1), groups=2, bias=True)
+    skip_if_missing(algorithm, device)
+    x, w, bias, grad_output = reference.operands(problem, torch.float32, device)
+    {"input": x, "weight": w, "bias": bias}[operand].flatten()[3] = value
+    tensors = (x, w, bias, grad_output)
+    actual = run(problem, "forward", *tensors, algorithm=algorithm).double().cpu()
+    expected = reference.forward(problem, x, w, bias)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.isposinf(), expected.isposinf())
+    assert torch.equal(actual.isneginf(), expected.isneginf())
+    if operand == "bias":
+        return
+    grad_output.flatten()[7] = value
+    for direction in ("backward_input", "backward_weight"):
+        x, w, _, _ = reference.operands(problem, torch.float32, device)
+        actual = run(problem, direction, x, w, None, grad_output, algorithm=algorithm)
+        expected = reference.compute(problem, direction, x, w, None, grad_output)
+        assert torch.equal(actual.cpu().isnan(), expected.isnan())
+        assert torch.equal(actual.cpu().isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_16_bit_results_are_rounded_once(direction: str, device: str) -> None:
+    """A second rounding, or sums in 16 bits, would miss fp64's nearest value far more often."""
+    problem = Problem("rounding", 4, 64, 20, 20, 32, (3, 3), padding=(1, 1))
+    for dtype in (torch.float16, torch.bfloat16):
+        tensors = reference.operands(problem, dtype, device)
+        actual = run(problem, direction, *tensors).cpu()
+        expected = reference.compute(problem, direction, *tensors)
+        # The double becomes the nearest 16-bit value; fp32 sums differ from it only close to a tie.
+        assert (actual != expected.to(dtype)).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
+@pytest.mark.parametrize("limit", [0, 3_000, 40_000, 300_000])
+def test_workspace_limit_is_kept(algorithm: str, direction: str, limit: int, device: str) -> None:
+    """Chunks, not refusals, as soon as a row fits; right results in every number of chunks."""
+    skip_if_missing(algorithm, device)
+    problem = Problem("chunks", 4, 6, 30, 20, 8, (3, 3), (2, 1), (1, 1), groups=2, bias=True)
+    tensors = reference.operands(problem, torch.float32, device)
+    with conv_ops.settings.workspace_limit(limit):
+        try:
+            result = run(problem, direction, *tensors, algorithm=algorithm)
+        except RuntimeError as error:
+            assert f"the limit is {limit}" in str(error)
+            assert algorithm == "im2col_gemm" and limit <= 3_000
+            return
+    check(problem, direction, result, tensors, "ieee")
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("limit", [1 << 22, 1 << 26])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS["cuda"])
+def test_peak_memory_is_result_and_workspace(algorithm: str, direction: str, limit: int) -> None:
+    problem = Problem("peak", 8, 32, 128, 128, 64, (3, 3), padding=(1, 1), bias=True)
+    tensors = reference.operands(problem, torch.float32, "cuda")
+    run(problem, direction, *tensors, algorithm=algorithm)  # what cuBLAS keeps is there after this
+    with conv_ops.settings.workspace_limit(limit):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run(problem, direction, *tensors, algorithm=algorithm)
+        used = torch.cuda.max_memory_allocated() - before
+    assert used <= result.numel() * result.element_size() + limit + 4096
+
+
+@needs_cuda
+@pytest.mark.parametrize("algorithm", ALGORITHMS["cuda"])
+def test_out_of_memory_shrinks_the_workspace(algorithm: str) -> None:
+    """With room for the result and little else a call succeeds; a failed one leaves nothing."""
+    problem = Problem("memory", 16, 64, 128, 128, 64, (3, 3), padding=(1, 1))
+    tensors = reference.operands(problem, torch.float32, "cuda")
+    expected = run(problem, "forward", *tensors, algorithm=algorithm)
+    result_bytes = expected.numel() * expected.element_size()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = torch.cuda.memory_reserved() + result_bytes + (48 << 20)
+    try:
+        torch.cuda.set_per_process_memory_fraction(room / total)
+        result = run(problem, "forward", *tensors, algorithm=algorithm)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_per_process_memory_fraction((room - result_bytes) / total)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(problem, "forward", *tensors, algorithm=algorithm)
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS["cuda"])
+def test_current_stream_and_graph_capture(algorithm: str, direction: str) -> None:
+    problem = Problem("graph", 3, 8, 20, 21, 12, (3, 3), padding=(1, 1), groups=2, bias=True)
+    tensors = reference.operands(problem, torch.float32, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = run(problem, direction, *tensors, algorithm=algorithm)
+    torch.cuda.current_stream().wait_stream(stream)
+    check(problem, direction, eager, tensors, "ieee")
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(problem, direction, *tensors, algorithm=algorithm)
+    for tensor in tensors:
+        tensor.mul_(0.5)
+    graph.replay()
+    check(problem, direction, captured, tensors, "ieee")
+
+
+@needs_cuda
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+def test_tf32_operands_are_rounded_to_nearest(direction: str) -> None:
+    """Cutting bits off instead makes every product of positive numbers too small by about 2^-11."""
+    problem = Problem("bias of rounding", 4, 256, 40, 40, 256, (3, 3), padding=(1, 1))
+    x, w, _, grad_output = (
+        None if t is None else t.abs() for t in reference.operands(problem, torch.float32, "cuda")
+    )
+    tensors = (x, w, None, grad_output)
+    actual = (
+        run(problem, direction, *tensors, precision="tf32", algorithm="im2col_gemm").double().cpu()
+    )
+    expected = reference.compute(problem, direction, *tensors)
+    assert ((actual - expected) / expected).mean().abs() < 2.0**-14
+
+
+@needs_cuda
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 60 << 30,
+    reason="needs 60 GB of GPU memory",
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS["cuda"])
+@pytest.mark.parametrize("problem", HUGE, ids=lambda p: p.name)
+def test_more_than_2_to_31_elements(problem: Problem, algorithm: str) -> None:
+    """Images and rows at both ends against the same convolution of only those."""
+    x = torch.randn(problem.input_size, device="cuda")
+    w = torch.randn(problem.weight_size, device="cuda")
+    window = ([1, 1], [0, 0], [1, 1], 1, "ieee")
+    y = ops.conv2d_forward(x, w, None, *window, algorithm)
+    grad_input = ops.conv2d_backward_input(y, w, problem.input_size, *window, algorithm)
+    grad_weight = ops.conv2d_backward_weight(y, x, problem.weight_size, [], *window, algorithm)
+    rows = 4 + problem.kernel[0]
+    for image in (0, problem.n - 1):
+        for part in (slice(0, rows), slice(problem.h - rows, problem.h)):
+            expected = F.conv2d(x[image : image + 1, :, part].double(), w.double())
+            begin = 0 if part.start == 0 else y.shape[2] - expected.shape[2]
+            actual = y[image : image + 1, :, begin : begin + expected.shape[2]]
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+            # Away from the cut the gradient of the strip is the gradient of the whole.
+            whole = torch.nn.grad.conv2d_input(
+                (1, problem.c, part.stop - part.start, problem.w), w.double(), actual.double()
+            )
+            inner = slice(0, 4) if part.start == 0 else slice(rows - 4, rows)
+            torch.testing.assert_close(
+                grad_input[image : image + 1, :, part][:, :, inner].double(),
+                whole[:, :, inner],
+                rtol=1e-4,
+                atol=1e-4,
+            )
+    expected_weight = torch.zeros(problem.weight_size, dtype=torch.float64, device="cuda")
+    step = max(1, problem.n // 64)
+    for i in range(0, problem.n, step):
+        for kh, kw in itertools.product(*map(range, problem.kernel)):
+            window_x = x[i : i + step, :, kh : kh + y.shape[2], kw : kw + y.shape[3]]
+            for o in range(problem.o):
+                expected_weight[o, 0, kh, kw] += (window_x[:, 0] * y[i : i + step, o]).sum(
+                    dtype=torch.float64
+                )
+    torch.testing.assert_close(grad_weight.double(), expected_weight, rtol=1e-3, atol=10.0)
