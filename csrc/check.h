@@ -26,8 +26,8 @@ inline void write(std::ostringstream& out, const Pair& pair) {
   out << '(' << pair.h << ", " << pair.w << ')';
 }
 
-// Throws std::runtime_error, which users see as RuntimeError, made of `parts`. The parts become text
-// only then: checks are on the path of every call.
+// Throws std::runtime_error, which users see as RuntimeError, made of `parts`. The parts become
+// text only then: checks are on the path of every call.
 template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) [[likely]]

@@ -103,8 +103,7 @@ ConvProblem col2im_problem(const TensorInfo& columns, const std::vector<int64_t>
   const Pair output = window.blocks_of(image);
   check(output.h >= 1 && output.w >= 1 && output.h * output.w == size[2],
         "Given output_size=", image, ", kernel_size=", window.kernel,
-        ", dilation=", window.dilation, ", padding=", window.padding,
-        ", stride=", window.stride,
+        ", dilation=", window.dilation, ", padding=", window.padding, ", stride=", window.stride,
         ", expected size of input's dimension 2 to match the calculated number of sliding blocks ",
         output.h, " * ", output.w, " = ", output.h * output.w, ", but got input.size(2)=", size[2],
         '.');

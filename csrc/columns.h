@@ -35,19 +35,23 @@ inline int64_t padded_pixels(int64_t pixels) {
 }
 
 // Rows of that many pixels come back to an aligned address after so many rows.
-inline int64_t aligned_rows(int64_t width) { return kPixelMultiple / std::gcd(width, kPixelMultiple); }
+inline int64_t aligned_rows(int64_t width) {
+  return kPixelMultiple / std::gcd(width, kPixelMultiple);
+}
 
 // Taps × (images · pixels), row by row: what a GEMM reads.
 inline Columns packed_columns(void* data, const ConvProblem& problem, const Chunk& chunk) {
-  return {data, padded_pixels(chunk.pixels(problem)), chunk.rows * problem.output.size[3], 1, chunk};
+  return {data, padded_pixels(chunk.pixels(problem)), chunk.rows * problem.output.size[3], 1,
+          chunk};
 }
 
 inline Chunk whole(const ConvProblem& problem) {
   return {0, problem.batch(), 0, problem.output_size().h};
 }
 
-// Cuts `images` × `rows` into even chunks of at most `budget_rows` rows: whole images, or where one has
-// more than that, rows of one image, if possible a multiple of `row_multiple`. Calls f(Chunk) in order.
+// Cuts `images` × `rows` into even chunks of at most `budget_rows` rows: whole images, or where one
+// has more than that, rows of one image, if possible a multiple of `row_multiple`. Calls f(Chunk)
+// in order.
 template <typename F>
 void for_each_chunk(int64_t images, int64_t rows, int64_t budget_rows, int64_t row_multiple,
                     F&& f) {
@@ -83,7 +87,6 @@ ConvProblem im2col_problem(const TensorInfo& input, const std::vector<int64_t>& 
                            const ConvArguments& arguments);
 // `columns` has size (batch, channels * kernel height * kernel width, blocks).
 ConvProblem col2im_problem(const TensorInfo& columns, const std::vector<int64_t>& output_size,
-                           const std::vector<int64_t>& kernel_size,
-                           const ConvArguments& arguments);
+                           const std::vector<int64_t>& kernel_size, const ConvArguments& arguments);
 
 }  // namespace convops

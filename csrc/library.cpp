@@ -1,6 +1,6 @@
-// torch.ops.convops: schemas and kernels. Everything of torch that an op needs happens here; what is
-// below works on ConvProblem and pointers. CPU and CUDA share the kernels: plan::execute goes to the
-// device's runtime. Autograd, fake tensors and autocast are in autograd.cpp.
+// torch.ops.convops: schemas and kernels. Everything of torch that an op needs happens here; what
+// is below works on ConvProblem and pointers. CPU and CUDA share the kernels: plan::execute goes to
+// the device's runtime. Autograd, fake tensors and autocast are in autograd.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -63,23 +63,22 @@ Tensor conv2d_forward(const Tensor& input, const Tensor& weight, const OptionalT
   const TensorInfo info = describe(input, "conv2d");
   std::optional<TensorInfo> bias_info;
   if (bias) bias_info = describe(*bias, "conv2d");
-  ConvProblem problem = forward_problem(info, describe(weight, "conv2d"),
-                                        bias_info ? &*bias_info : nullptr,
-                                        {stride, padding, dilation, groups});
+  ConvProblem problem =
+      forward_problem(info, describe(weight, "conv2d"), bias_info ? &*bias_info : nullptr,
+                      {stride, padding, dilation, groups});
   problem.precision = resolve_precision(precision, info);
   return execute(problem,
                  {data(input), data(weight), nullptr, bias ? bias->const_data_ptr() : nullptr},
                  info, algorithm);
 }
 
-Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
-                             const Ints input_size, const Ints stride, const Ints padding,
-                             const Ints dilation, int64_t groups, const OptionalString precision,
+Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight, const Ints input_size,
+                             const Ints stride, const Ints padding, const Ints dilation,
+                             int64_t groups, const OptionalString precision,
                              const OptionalString algorithm) {
   const TensorInfo info = describe(grad_output, "conv2d_backward_input");
-  ConvProblem problem =
-      backward_input_problem(info, describe(weight, "conv2d_backward_input"), input_size,
-                             {stride, padding, dilation, groups});
+  ConvProblem problem = backward_input_problem(info, describe(weight, "conv2d_backward_input"),
+                                               input_size, {stride, padding, dilation, groups});
   problem.precision = resolve_precision(precision, info);
   return execute(problem, {nullptr, data(weight), data(grad_output), nullptr}, info, algorithm);
 }
@@ -127,8 +126,8 @@ Tensor conv2d_padding(const Tensor& input, const Tensor& weight, const OptionalT
     return conv2d_any_batch(input, weight, bias, stride, {0}, dilation, groups);
   check(padding == "same", "Invalid padding string: '", padding, "'");
   for (int64_t step : stride)
-    check(step == 1, "padding='same' is not supported for strided convolutions, but got stride=",
-          stride);
+    check(step == 1,
+          "padding='same' is not supported for strided convolutions, but got stride=", stride);
   check(weight.dim() == 4, "Expected 4-dimensional weight for conv2d, but got weight of size: ",
         Ints(weight.sizes().begin(), weight.sizes().end()));
   check(dilation.size() == 1 || dilation.size() == 2,
@@ -142,8 +141,8 @@ Tensor conv2d_padding(const Tensor& input, const Tensor& weight, const OptionalT
   return conv2d_any_batch(input, weight, bias, stride, sides, dilation, groups);
 }
 
-Tensor im2col(const Tensor& input, const Ints kernel_size, const Ints dilation,
-              const Ints padding, const Ints stride) {
+Tensor im2col(const Tensor& input, const Ints kernel_size, const Ints dilation, const Ints padding,
+              const Ints stride) {
   if (input.dim() == 3)
     return torch::stable::squeeze(
         im2col(torch::stable::unsqueeze(input, 0), kernel_size, dilation, padding, stride), 0);
@@ -211,15 +210,15 @@ STABLE_TORCH_LIBRARY(convops, m) {
       "int[2] padding=0, int[2] stride=1) -> Tensor");
 }
 
-#define CONVOPS_REGISTER(key)                                                         \
-  STABLE_TORCH_LIBRARY_IMPL(convops, key, m) {                                        \
-    m.impl("conv2d", TORCH_BOX(&convops::conv2d));                                    \
-    m.impl("conv2d.padding", TORCH_BOX(&convops::conv2d_padding));                    \
-    m.impl("conv2d_forward", TORCH_BOX(&convops::conv2d_forward));                    \
-    m.impl("conv2d_backward_input", TORCH_BOX(&convops::conv2d_backward_input));      \
-    m.impl("conv2d_backward_weight", TORCH_BOX(&convops::conv2d_backward_weight));    \
-    m.impl("im2col", TORCH_BOX(&convops::im2col));                                    \
-    m.impl("col2im", TORCH_BOX(&convops::col2im));                                    \
+#define CONVOPS_REGISTER(key)                                                      \
+  STABLE_TORCH_LIBRARY_IMPL(convops, key, m) {                                     \
+    m.impl("conv2d", TORCH_BOX(&convops::conv2d));                                 \
+    m.impl("conv2d.padding", TORCH_BOX(&convops::conv2d_padding));                 \
+    m.impl("conv2d_forward", TORCH_BOX(&convops::conv2d_forward));                 \
+    m.impl("conv2d_backward_input", TORCH_BOX(&convops::conv2d_backward_input));   \
+    m.impl("conv2d_backward_weight", TORCH_BOX(&convops::conv2d_backward_weight)); \
+    m.impl("im2col", TORCH_BOX(&convops::im2col));                                 \
+    m.impl("col2im", TORCH_BOX(&convops::col2im));                                 \
   }
 
 CONVOPS_REGISTER(CPU)

@@ -25,8 +25,8 @@ constexpr int64_t kMaxGemmExtent = int64_t{1} << 30;
 // From one pixel of an image to the next, where they are evenly spaced.
 inline int64_t pixel_stride(const Tensor4& t) { return t.size[3] > 1 ? t.stride[3] : t.stride[2]; }
 
-// Whether all pixels of an image of the tensor are evenly spaced and one of the strides a GEMM needs
-// is 1; `channels` of it form a matrix.
+// Whether all pixels of an image of the tensor are evenly spaced and one of the strides a GEMM
+// needs is 1; `channels` of it form a matrix.
 inline bool is_pixel_matrix(const Tensor4& t, int64_t channels) {
   const int64_t pixels = t.size[2] * t.size[3];
   const int64_t step = pixel_stride(t);

@@ -62,8 +62,8 @@ settings::Overrides overrides_of(const py::dict& values) {
 template <typename Settings>
 py::dict settings_dict(const Settings& values) {
   py::dict result;
-  result["precision"] = values.precision ? py::object(py::str(to_string(*values.precision)))
-                                         : py::object(py::none());
+  result["precision"] =
+      values.precision ? py::object(py::str(to_string(*values.precision))) : py::object(py::none());
   result["algorithm"] = values.algorithm;
   result["workspace_limit"] = values.workspace_limit;
   result["autotune"] = values.autotune;
@@ -89,8 +89,8 @@ void set_settings(const std::string& scope, const py::dict& values) {
   }
   if (!overrides.workspace_limit) refuse("workspace_limit", "a number of bytes", "None");
   if (!overrides.autotune) refuse("autotune", "True or False", "None");
-  settings::set_process_values({overrides.precision, overrides.algorithm,
-                                *overrides.workspace_limit, *overrides.autotune});
+  settings::set_process_values(
+      {overrides.precision, overrides.algorithm, *overrides.workspace_limit, *overrides.autotune});
 }
 
 // The callable outlives the interpreter's shutdown order by never being destroyed.
@@ -133,9 +133,9 @@ py::dict explain(const std::string& direction_name, const PyTensorInfo& input,
                  bool has_bias, const std::vector<int64_t>& stride,
                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                  int64_t groups, const std::optional<std::string>& precision) {
-  const Direction direction = parsed(parse_direction, "direction",
-                                     "'forward', 'backward_input' or 'backward_weight'",
-                                     direction_name);
+  const Direction direction =
+      parsed(parse_direction, "direction", "'forward', 'backward_input' or 'backward_weight'",
+             direction_name);
   const TensorInfo x = tensor_info(input), w = tensor_info(weight);
   const ConvArguments arguments{stride, padding, dilation, groups};
   const TensorInfo bias{{w.sizes.empty() ? 0 : w.sizes[0]}, {1}, x.dtype, x.device, x.device_index};
@@ -152,7 +152,8 @@ py::dict explain(const std::string& direction_name, const PyTensorInfo& input,
                   : backward_weight_problem(y, x, w.sizes, w.strides, arguments);
   }
   if (x.dtype == DType::kFloat32 && x.device == DeviceType::kCuda) {
-    const auto chosen = precision ? precision_of(py::str(*precision)) : settings::effective().precision;
+    const auto chosen =
+        precision ? precision_of(py::str(*precision)) : settings::effective().precision;
     problem.precision = chosen.value_or(settings::torch_precision());
   }
 

@@ -65,8 +65,7 @@ const Algorithm* find(const AlgorithmList& list, const std::string& name) {
 }
 
 const Algorithm& pinned_algorithm(const AlgorithmList& list, const std::string& name,
-                                  const ConvProblem& problem, const Device& device,
-                                  int64_t limit) {
+                                  const ConvProblem& problem, const Device& device, int64_t limit) {
   const Algorithm* algorithm = find(list, name);
   if (!algorithm) {
     std::string names;
@@ -136,8 +135,8 @@ Choice choose(const AlgorithmList& list, const ConvProblem& problem, const Devic
   return cached_choices.emplace(key, choice).first->second;
 }
 
-// Allocates and runs. Where memory is short the workspace is halved down to what the algorithm needs
-// at least; false when even that is not to be had.
+// Allocates and runs. Where memory is short the workspace is halved down to what the algorithm
+// needs at least; false when even that is not to be had.
 bool run(const Choice& choice, const ConvProblem& problem, const Operands& operands,
          Runtime& runtime, const Device& device, void* stream, int64_t limit) {
   int64_t bytes = std::min(choice.workspace.wanted, limit);
@@ -166,7 +165,8 @@ void tune(const AlgorithmList& list, const ConvProblem& problem, const Operands&
     double fastest = runtime.seconds(stream, once);  // warm-up
     if (!ran) continue;
     if (choice.algorithm.empty() || fastest < kHopeless * best)
-      for (int i = 0; i < kTimedRuns; ++i) fastest = std::min(fastest, runtime.seconds(stream, once));
+      for (int i = 0; i < kTimedRuns; ++i)
+        fastest = std::min(fastest, runtime.seconds(stream, once));
     choice.milliseconds[algorithm->name()] = fastest * 1e3;
     if (choice.algorithm.empty() || fastest < best) {
       choice.algorithm = algorithm->name();
@@ -228,7 +228,8 @@ std::vector<Candidate> candidates(const ConvProblem& problem, DeviceType device_
 
   std::vector<Candidate> result;
   for (const auto& algorithm : runtime.algorithms()) {
-    Candidate candidate{algorithm.get(), refusal(*algorithm, problem, device, limit), 0, {}, 0, false};
+    Candidate candidate{
+        algorithm.get(), refusal(*algorithm, problem, device, limit), 0, {}, 0, false};
     if (candidate.reason.empty()) {
       candidate.predicted_seconds = algorithm->cost(problem, device);
       candidate.workspace = std::min(algorithm->workspace(problem, device).wanted, limit);
@@ -242,9 +243,10 @@ std::vector<Candidate> candidates(const ConvProblem& problem, DeviceType device_
   for (Candidate& candidate : result) {
     if (!candidate.reason.empty()) continue;
     // A pinned algorithm that cannot run leaves none chosen: its reason is in its row.
-    candidate.chosen = name ? candidate.algorithm->name() == *name
-                            : candidate.algorithm ==
-                                  choose(runtime.algorithms(), problem, device, limit, name).algorithm;
+    candidate.chosen =
+        name ? candidate.algorithm->name() == *name
+             : candidate.algorithm ==
+                   choose(runtime.algorithms(), problem, device, limit, name).algorithm;
   }
   return result;
 }

@@ -1,4 +1,5 @@
-// Which algorithm runs a problem: the pinned one, else the one tuning found, else the cheapest estimate.
+// Which algorithm runs a problem: the pinned one, else the one tuning found, else the cheapest
+// estimate.
 #pragma once
 
 #include <functional>
@@ -27,8 +28,8 @@ struct Candidate {
   bool chosen;
 };
 
-// Runs the problem: chooses (and tunes, where that is switched on), allocates the workspace, runs on
-// the current stream. `pinned` goes before the settings' algorithm. Throws std::runtime_error.
+// Runs the problem: chooses (and tunes, where that is switched on), allocates the workspace, runs
+// on the current stream. `pinned` goes before the settings' algorithm. Throws std::runtime_error.
 void execute(const ConvProblem& problem, const Operands& operands, DeviceType device_type,
              int device_index, const std::optional<std::string>& pinned);
 

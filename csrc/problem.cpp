@@ -74,8 +74,8 @@ Window checked_window(const ConvArguments& arguments) {
         "non-positive stride is not supported, but got stride=", arguments.stride);
   check(window.dilation.h > 0 && window.dilation.w > 0,
         "non-positive dilation is not supported, but got dilation=", arguments.dilation);
-  check(arguments.groups > 0, "non-positive groups is not supported, but got groups=",
-        arguments.groups);
+  check(arguments.groups > 0,
+        "non-positive groups is not supported, but got groups=", arguments.groups);
   return window;
 }
 
@@ -83,28 +83,26 @@ Window checked_window(const ConvArguments& arguments) {
 std::vector<int64_t> checked_output_size(const std::vector<int64_t>& input,
                                          const std::vector<int64_t>& weight, const Window& window,
                                          int64_t groups) {
-  check(weight.size() == 4, "Expected 4-dimensional weight for conv2d, but got weight of size: ",
-        weight);
+  check(weight.size() == 4,
+        "Expected 4-dimensional weight for conv2d, but got weight of size: ", weight);
   check(input.size() == 4,
-        "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ",
-        input);
+        "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", input);
   check(weight[0] >= groups, "Given groups=", groups, ", expected weight to be at least ", groups,
         " at dimension 0, but got weight of size ", weight, " instead");
   check(weight[0] % groups == 0, "Given groups=", groups, ", expected weight to be divisible by ",
         groups, " at dimension 0, but got weight of size ", weight, " instead");
   check(input[1] == weight[1] * groups, "Given groups=", groups, ", weight of size ", weight,
-        ", expected input", input, " to have ", weight[1] * groups, " channels, but got ",
-        input[1], " channels instead");
-  check(weight[2] > 0 && weight[3] > 0, "non-positive kernel size is not supported, but got weight of size ",
-        weight);
+        ", expected input", input, " to have ", weight[1] * groups, " channels, but got ", input[1],
+        " channels instead");
+  check(weight[2] > 0 && weight[3] > 0,
+        "non-positive kernel size is not supported, but got weight of size ", weight);
   const Padding& pad = window.padding;
   const int64_t padded_h = input[2] + pad.top + pad.bottom;
   const int64_t padded_w = input[3] + pad.left + pad.right;
   const int64_t extent_h = window.dilation.h * (weight[2] - 1) + 1;
   const int64_t extent_w = window.dilation.w * (weight[3] - 1) + 1;
-  check(padded_h >= extent_h && padded_w >= extent_w,
-        "Calculated padded input size per channel: (", padded_h, " x ", padded_w,
-        "). Kernel size: (", extent_h, " x ", extent_w,
+  check(padded_h >= extent_h && padded_w >= extent_w, "Calculated padded input size per channel: (",
+        padded_h, " x ", padded_w, "). Kernel size: (", extent_h, " x ", extent_w,
         "). Kernel size can't be greater than actual input size");
   check(input[2] > 0 && input[3] > 0,
         "Only zero batch or zero channel inputs are supported, but got input shape: ", input);
@@ -306,8 +304,7 @@ size_t ConvProblemHash::operator()(const ConvProblem& problem) const {
 ConvProblem forward_problem(const TensorInfo& input, const TensorInfo& weight,
                             const TensorInfo* bias, const ConvArguments& arguments) {
   const Window window = checked_window(arguments);
-  const auto output_size =
-      checked_output_size(input.sizes, weight.sizes, window, arguments.groups);
+  const auto output_size = checked_output_size(input.sizes, weight.sizes, window, arguments.groups);
   check_same_kind(input, "Input", weight, "weight");
   if (bias) {
     check(bias->sizes.size() == 1 && bias->sizes[0] == weight.sizes[0], "Given weight of size ",
@@ -315,9 +312,9 @@ ConvProblem forward_problem(const TensorInfo& input, const TensorInfo& weight,
           " elements, but got bias of size ", bias->sizes, " instead");
     check_same_kind(input, "Input", *bias, "bias");
   }
-  ConvProblem problem = make_problem(Direction::kForward, input.dtype, tensor4(input),
-                                     tensor4(weight), new_tensor(output_size, input, weight),
-                                     window, arguments.groups);
+  ConvProblem problem =
+      make_problem(Direction::kForward, input.dtype, tensor4(input), tensor4(weight),
+                   new_tensor(output_size, input, weight), window, arguments.groups);
   problem.has_bias = bias != nullptr;
   problem.bias_stride = bias ? bias->strides[0] : 0;
   return problem;
@@ -347,8 +344,8 @@ ConvProblem backward_weight_problem(const TensorInfo& grad_output, const TensorI
         "expected weight_stride to be empty or a list of 4 values, but got weight_stride=",
         weight_stride);
   const int64_t size[4] = {weight_size[0], weight_size[1], weight_size[2], weight_size[3]};
-  const Tensor4 weight = weight_stride.empty() ? Tensor4::contiguous(size)
-                                               : tensor4(weight_size, weight_stride);
+  const Tensor4 weight =
+      weight_stride.empty() ? Tensor4::contiguous(size) : tensor4(weight_size, weight_stride);
   check(is_dense(weight), "expected weight_stride of a non-overlapping and dense tensor of size ",
         weight_size, ", but got weight_stride=", weight_stride);
   return make_problem(Direction::kBackwardWeight, grad_output.dtype, tensor4(input), weight,

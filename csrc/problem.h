@@ -1,5 +1,5 @@
-// ConvProblem: the one description of a convolution. Plain data, no torch: it goes by value or const
-// reference from the op to the plan, the algorithms and the kernels.
+// ConvProblem: the one description of a convolution. Plain data, no torch: it goes by value or
+// const reference from the op to the plan, the algorithms and the kernels.
 #pragma once
 
 #include <cstdint>
@@ -46,8 +46,8 @@ struct Tensor4 {
   CONVOPS_HOST_DEVICE int64_t numel() const { return size[0] * size[1] * size[2] * size[3]; }
   bool is_contiguous() const;
   bool is_channels_last() const;
-  // torch's Tensor::suggest_memory_format() == ChannelsLast (c10/core/MemoryFormat.h), whose rule for
-  // size-1 dimensions decides what users see as output strides.
+  // torch's Tensor::suggest_memory_format() == ChannelsLast (c10/core/MemoryFormat.h), whose rule
+  // for size-1 dimensions decides what users see as output strides.
   bool suggests_channels_last() const;
 
   static Tensor4 contiguous(const int64_t (&size)[4]);
@@ -58,13 +58,13 @@ struct ConvProblem {
   Direction direction;
   DType dtype;
   Precision precision;
-  bool has_bias;       // only ever true for kForward
-  Tensor4 input;       // batch, in channels, height, width
-  Tensor4 weight;      // out channels, in channels / groups, kernel height, kernel width
-  Tensor4 output;      // batch, out channels, height, width
+  bool has_bias;   // only ever true for kForward
+  Tensor4 input;   // batch, in channels, height, width
+  Tensor4 weight;  // out channels, in channels / groups, kernel height, kernel width
+  Tensor4 output;  // batch, out channels, height, width
   int64_t bias_stride;
   Pair stride, dilation;
-  Pair padding;        // top and left; bottom and right are implied by the output's size
+  Pair padding;  // top and left; bottom and right are implied by the output's size
   int64_t groups;
 
   CONVOPS_HOST_DEVICE int64_t batch() const { return input.size[0]; }

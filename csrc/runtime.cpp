@@ -40,7 +40,8 @@ Runtime& runtime(DeviceType type) {
   if (type == DeviceType::kCpu) return cpu_runtime();
   if (Runtime* cuda = cuda_runtime) return *cuda;
   throw std::runtime_error(
-      "conv_ops has no CUDA kernels here: libconvops_cuda is not loaded (python -m conv_ops says why)");
+      "conv_ops has no CUDA kernels here: libconvops_cuda is not loaded (python -m conv_ops says "
+      "why)");
 }
 
 void register_cuda_runtime(Runtime* runtime) { cuda_runtime = runtime; }

@@ -1,5 +1,5 @@
-// What the plan needs of a type of device: its description, memory, clock and algorithms. The CPU's is
-// always there; libconvops_cuda adds its own when it is loaded.
+// What the plan needs of a type of device: its description, memory, clock and algorithms. The CPU's
+// is always there; libconvops_cuda adds its own when it is loaded.
 #pragma once
 
 #include <functional>

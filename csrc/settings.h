@@ -18,7 +18,8 @@ struct Overrides {
   std::optional<bool> autotune;
 };
 
-// The process-wide values; an empty precision follows PyTorch, an empty algorithm lets the plan choose.
+// The process-wide values; an empty precision follows PyTorch, an empty algorithm lets the plan
+// choose.
 struct Values {
   std::optional<Precision> precision;
   std::optional<std::string> algorithm;
@@ -45,9 +46,9 @@ class Scope {
   Overrides saved_;
 };
 
-// What PyTorch's own convolution setting says for float32 on CUDA. The stable ABI cannot read it, so
-// the autograd library (or Python, in the fall-back) provides the reader; without one: kTf32, which
-// is PyTorch's default.
+// What PyTorch's own convolution setting says for float32 on CUDA. The stable ABI cannot read it,
+// so the autograd library (or Python, in the fall-back) provides the reader; without one: kTf32,
+// which is PyTorch's default.
 void set_torch_precision_reader(Precision (*reader)());
 Precision torch_precision();
 

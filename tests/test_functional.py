@@ -29,7 +29,7 @@ OVERRIDES = [{}, {"precision": "ieee"}, {"algorithm": "direct"}]
         {"padding": "same"},
         {"padding": "same", "stride": [1], "dilation": [3]},
         {"padding": "same", "dilation": (2, 3)},
-        {"bias": torch.randn(6, dtype=torch.float64)},
+        {"bias": torch.arange(6, dtype=torch.float64)},
     ],
     ids=str,
 )

@@ -8,12 +8,44 @@
 #include "cpu/parallel.h"
 #include "cpu/span.h"
 #include "cpu/types.h"
+#include "cpu/vector.h"
 
 namespace convops::cpu {
 namespace {
 
-// Multiply-adds of the inner loops below, a second and core; measured on an AVX2-less build.
-constexpr double kFlopsPerCore = 4e9;
+// Whether rows of T are summed as they are, without widening.
+template <typename T>
+constexpr bool kSumsItself = std::is_same_v<T, AccumulateType<T>>;
+
+// One for every tap along W.
+std::vector<Span> spans_of(const ConvProblem& p) {
+  std::vector<Span> spans(p.kernel().w);
+  for (int64_t kw = 0; kw < p.kernel().w; ++kw) spans[kw] = span_inside(p, kw);
+  return spans;
+}
+
+// sums[i] += factor · x[i · step].
+template <typename T>
+void multiply_add_row(AccumulateType<T>* sums, const T* x, int64_t step, AccumulateType<T> factor,
+                      int64_t count) {
+  if constexpr (kSumsItself<T>)
+    if (step == 1) return multiply_add(sums, x, factor, count);
+  for (int64_t i = 0; i < count; ++i) sums[i] += factor * AccumulateType<T>(x[i * step]);
+}
+
+// Σ x[i · x_step] · y[i · y_step].
+template <typename T>
+AccumulateType<T> dot_row(const T* x, int64_t x_step, const T* y, int64_t y_step, int64_t count) {
+  using Sum = AccumulateType<T>;
+  if constexpr (kSumsItself<T>)
+    if (x_step == 1 && y_step == 1) return dot(x, y, count);
+  Sum sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += Sum(x[i * x_step]) * Sum(y[i * y_step]);
+  return sum;
+}
+
+// What the loops below reach on rows of about a hundred elements, a second and core.
+constexpr double kFlopsPerCore = 9e9;
 constexpr double kCallOverhead = 1e-6;
 
 template <typename T>
@@ -23,21 +55,22 @@ void forward(const ConvProblem& p, const T* input, const T* weight, T* output, c
   const int64_t height = p.output_size().h, width = p.output_size().w;
   const int64_t channels = p.out_channels(), group_in = p.group_in_channels();
   const int64_t group_out = p.group_out_channels();
+  const std::vector<Span> spans = spans_of(p);
   parallel_for(p.batch() * channels * height, width * p.taps(), [&](int64_t index) {
     const int64_t oh = index % height, o = index / height % channels;
     const int64_t n = index / (height * channels);
     thread_local std::vector<Sum> sums;
     sums.assign(width, bias ? Sum(bias[o * p.bias_stride]) : Sum(0));
     for (int64_t c = 0; c < group_in; ++c) {
-      const T* plane = input + n * p.input.stride[0] +
-                       (o / group_out * group_in + c) * p.input.stride[1];
+      const T* plane =
+          input + n * p.input.stride[0] + (o / group_out * group_in + c) * p.input.stride[1];
       for (int64_t kh = 0; kh < kernel.h; ++kh) {
         const int64_t h = oh * p.stride.h - p.padding.h + kh * p.dilation.h;
         const bool row_inside = h >= 0 && h < p.input_size().h;
         for (int64_t kw = 0; kw < kernel.w; ++kw) {
           const Sum factor = Sum(weight[o * p.weight.stride[0] + c * p.weight.stride[1] +
                                         kh * p.weight.stride[2] + kw * p.weight.stride[3]]);
-          const Span span = row_inside ? span_inside(p, kw) : Span{width, width, 0};
+          const Span span = row_inside ? spans[kw] : Span{width, width, 0};
           if (!std::isfinite(factor)) {  // padding is zeros, and 0 · Inf is NaN
             for (int64_t w = 0; w < span.begin; ++w) sums[w] += factor * Sum(0);
             for (int64_t w = span.end; w < width; ++w) sums[w] += factor * Sum(0);
@@ -45,10 +78,8 @@ void forward(const ConvProblem& p, const T* input, const T* weight, T* output, c
           if (!row_inside) continue;
           const int64_t step = p.stride.w * p.input.stride[3];
           const T* x = plane + h * p.input.stride[2] + span.first * p.input.stride[3];
-          if (step == 1)
-            for (int64_t w = span.begin; w < span.end; ++w) sums[w] += factor * Sum(x[w]);
-          else
-            for (int64_t w = span.begin; w < span.end; ++w) sums[w] += factor * Sum(x[w * step]);
+          multiply_add_row(&sums[span.begin], x + span.begin * step, step, factor,
+                           span.end - span.begin);
         }
       }
     }
@@ -65,6 +96,7 @@ void backward_input(const ConvProblem& p, T* input, const T* weight, const T* ou
   const int64_t channels = p.in_channels(), group_in = p.group_in_channels();
   const int64_t group_out = p.group_out_channels();
   const int64_t work = width * group_out * kernel.h * kernel.w;
+  const std::vector<Span> spans = spans_of(p);
   parallel_for(p.batch() * channels * height, work, [&](int64_t index) {
     const int64_t h = index % height, channel = index / height % channels;
     const int64_t n = index / (height * channels);
@@ -81,13 +113,15 @@ void backward_input(const ConvProblem& p, T* input, const T* weight, const T* ou
         for (int64_t kw = 0; kw < kernel.w; ++kw) {
           const Sum factor = Sum(weight[o * p.weight.stride[0] + c * p.weight.stride[1] +
                                         kh * p.weight.stride[2] + kw * p.weight.stride[3]]);
-          const Span span = span_inside(p, kw);
+          const Span span = spans[kw];
           Sum* sum = sums.data() + span.first;
-          if (p.stride.w == 1 && p.output.stride[3] == 1)
-            for (int64_t w = span.begin; w < span.end; ++w) sum[w] += factor * Sum(dy[w]);
+          const int64_t step = p.output.stride[3];
+          if (p.stride.w == 1)
+            multiply_add_row(sum + span.begin, dy + span.begin * step, step, factor,
+                             span.end - span.begin);
           else
             for (int64_t w = span.begin; w < span.end; ++w)
-              sum[w * p.stride.w] += factor * Sum(dy[w * p.output.stride[3]]);
+              sum[w * p.stride.w] += factor * Sum(dy[w * step]);
         }
       }
     T* dx = input + n * p.input.stride[0] + channel * p.input.stride[1] + h * p.input.stride[2];
@@ -100,19 +134,20 @@ void backward_weight(const ConvProblem& p, const T* input, T* weight, const T* o
   using Sum = AccumulateType<T>;
   const Pair kernel = p.kernel();
   const int64_t group_in = p.group_in_channels(), group_out = p.group_out_channels();
+  const std::vector<Span> spans = spans_of(p);
   parallel_for(p.weight.numel(), p.batch() * p.output_pixels(), [&](int64_t index) {
     const int64_t kw = index % kernel.w, kh = index / kernel.w % kernel.h;
     const int64_t c = index / (kernel.w * kernel.h) % group_in;
     const int64_t o = index / (kernel.w * kernel.h * group_in);
-    const Span row_span = span_inside(p, kw);
+    const Span row_span = spans[kw];
     const int64_t width = p.output_size().w;
     const int64_t x_step = p.stride.w * p.input.stride[3], dy_step = p.output.stride[3];
     // Rows in the type of the sums, their total in double: the error does not grow with N·H.
     double total = 0;
     for (int64_t n = 0; n < p.batch(); ++n)
       for (int64_t oh = 0; oh < p.output_size().h; ++oh) {
-        const T* dy = output + n * p.output.stride[0] + o * p.output.stride[1] +
-                      oh * p.output.stride[2];
+        const T* dy =
+            output + n * p.output.stride[0] + o * p.output.stride[1] + oh * p.output.stride[2];
         const int64_t h = oh * p.stride.h - p.padding.h + kh * p.dilation.h;
         const bool row_inside = h >= 0 && h < p.input_size().h;
         const Span span = row_inside ? row_span : Span{width, width, 0};
@@ -123,14 +158,8 @@ void backward_weight(const ConvProblem& p, const T* input, T* weight, const T* o
         const T* x = input + n * p.input.stride[0] +
                      (o / group_out * group_in + c) * p.input.stride[1] + h * p.input.stride[2] +
                      span.first * p.input.stride[3];
-        if (x_step == 1 && dy_step == 1) {
-#pragma omp simd reduction(+ : sum)
-          for (int64_t w = span.begin; w < span.end; ++w) sum += Sum(x[w]) * Sum(dy[w]);
-        } else {
-          for (int64_t w = span.begin; w < span.end; ++w)
-            sum += Sum(x[w * x_step]) * Sum(dy[w * dy_step]);
-        }
-        total += sum;
+        total += sum + dot_row(x + span.begin * x_step, x_step, dy + span.begin * dy_step, dy_step,
+                               span.end - span.begin);
       }
     weight[o * p.weight.stride[0] + c * p.weight.stride[1] + kh * p.weight.stride[2] +
            kw * p.weight.stride[3]] = T(Sum(total));

@@ -20,8 +20,8 @@ void im2col_typed(const ConvProblem& p, const Input* input, const Columns& colum
     const int64_t tap = index / chunk.images, image = index % chunk.images;
     const int64_t kw = tap % kernel.w, kh = tap / kernel.w % kernel.h,
                   channel = tap / (kernel.w * kernel.h);
-    const Input* plane = input + (chunk.image + image) * p.input.stride[0] +
-                         channel * p.input.stride[1];
+    const Input* plane =
+        input + (chunk.image + image) * p.input.stride[0] + channel * p.input.stride[1];
     Column* out = static_cast<Column*>(columns.data) + tap * columns.tap_stride +
                   image * columns.image_stride;
     const int64_t step = columns.pixel_stride;
@@ -33,8 +33,7 @@ void im2col_typed(const ConvProblem& p, const Input* input, const Columns& colum
         continue;
       }
       const int64_t x_step = p.stride.w * p.input.stride[3];
-      const Input* x = plane + h * p.input.stride[2] +
-                       span.first * p.input.stride[3];
+      const Input* x = plane + h * p.input.stride[2] + span.first * p.input.stride[3];
       for (int64_t w = 0; w < span.begin; ++w) out[w * step] = Column(0);
       if (x_step == 1 && step == 1)  // one loop the compiler turns into vectors
         for (int64_t w = span.begin; w < span.end; ++w) out[w] = Column(x[w]);
@@ -65,8 +64,8 @@ void col2im_typed(const ConvProblem& p, const Columns& columns, const Chunk& row
       if (out_h >= p.output_size().h) continue;
       for (int64_t kw = 0; kw < kernel.w; ++kw) {
         const int64_t tap = (channel * kernel.h + kh) * kernel.w + kw;
-        const Column* column = static_cast<const Column*>(columns.data) +
-                               tap * columns.tap_stride + image * columns.image_stride +
+        const Column* column = static_cast<const Column*>(columns.data) + tap * columns.tap_stride +
+                               image * columns.image_stride +
                                (out_h - chunk.row) * out_w * columns.pixel_stride;
         const Span span = span_inside(p, kw);
         if (p.stride.w == 1 && columns.pixel_stride == 1)

@@ -4,9 +4,10 @@
 //   backward-input   columns(taps, pixels) = weightᵀ · grad_output, then col2im
 //   backward-weight  weight(o, taps)   += grad_output(o, pixels) · columnsᵀ, chunk by chunk
 //
-// Groups are the batch of the product. Threads take chunks of the pixels in turn, each with a workspace
-// of its own that stays in its cache, so the columns never go through memory and no thread waits for
-// another; backward-weight adds the threads' sums in order. Sums are float32 for the 16-bit dtypes.
+// Groups are the batch of the product. Threads take chunks of the pixels in turn, each with a
+// workspace of its own that stays in its cache, so the columns never go through memory and no
+// thread waits for another; backward-weight adds the threads' sums in order. Sums are float32 for
+// the 16-bit dtypes.
 #include <vector>
 
 #include "cpu/algorithms.h"
@@ -21,7 +22,7 @@ namespace {
 // A chunk's columns and its side of the output: what a core's caches hold.
 constexpr int64_t kChunkBytes = 2 << 20;
 // Share of the peak the BLAS reaches.
-constexpr double kBlasFraction = 0.6;
+constexpr double kBlasFraction = 0.8;
 // Seconds a chunk costs whatever its size: tensor wrappers and dispatch.
 constexpr double kChunkOverhead = 10e-6;
 
@@ -66,10 +67,10 @@ void move_output(const ConvProblem& p, const Chunk& chunk, T* output, Accumulate
   const int64_t* stride = p.output.stride;
   parallel_for(channels * chunk.images, chunk.rows * width, [&](int64_t index) {
     const int64_t channel = index / chunk.images, image = index % chunk.images;
-    T* plane = output + (chunk.image + image) * stride[0] + channel * stride[1] +
-               chunk.row * stride[2];
-    AccumulateType<T>* rows = packed + channel * padded_pixels(chunk.pixels(p)) +
-                              image * chunk.rows * width;
+    T* plane =
+        output + (chunk.image + image) * stride[0] + channel * stride[1] + chunk.row * stride[2];
+    AccumulateType<T>* rows =
+        packed + channel * padded_pixels(chunk.pixels(p)) + image * chunk.rows * width;
     const auto offset = bias ? AccumulateType<T>(bias[channel * p.bias_stride]) : 0;
     for (int64_t row = 0; row < chunk.rows; ++row, plane += stride[2], rows += width)
       for (int64_t w = 0; w < width; ++w) {
@@ -150,12 +151,13 @@ class Run {
 
   void forward() {
     move_weight<T, true>(p_, weight_, packed_weight_);
-    for_each_chunk_in_parallel(p_.output_size().h, slots_.rows, [&](const Chunk& chunk, char* slot) {
-      if (!skips_im2col(p_)) im2col(p_, input_, columns(slot, chunk), kSum);
-      gemm(kSum, {p_.groups, group_out(), chunk.pixels(p_), p_.taps()}, weight_matrix(),
-           column_matrix(slot, chunk), output_matrix(slot, chunk), false);
-      move_output<T, false>(p_, chunk, output_, chunk_output(slot, chunk), bias_);
-    });
+    for_each_chunk_in_parallel(
+        p_.output_size().h, slots_.rows, [&](const Chunk& chunk, char* slot) {
+          if (!skips_im2col(p_)) im2col(p_, input_, columns(slot, chunk), kSum);
+          gemm(kSum, {p_.groups, group_out(), chunk.pixels(p_), p_.taps()}, weight_matrix(),
+               column_matrix(slot, chunk), output_matrix(slot, chunk), false);
+          move_output<T, false>(p_, chunk, output_, chunk_output(slot, chunk), bias_);
+        });
   }
 
   void backward_input() {
@@ -179,15 +181,16 @@ class Run {
 
   void backward_weight() {
     std::vector<char> used(slots_.count, false);  // whether the slot's sums have begun
-    for_each_chunk_in_parallel(p_.output_size().h, slots_.rows, [&](const Chunk& chunk, char* slot) {
-      if (!skips_im2col(p_)) im2col(p_, input_, columns(slot, chunk), kSum);
-      move_output<T, true>(p_, chunk, output_, chunk_output(slot, chunk), nullptr);
-      char& accumulate = used[(slot - slot_data_) / slots_.bytes];
-      gemm(kSum, {p_.groups, group_out(), p_.taps(), chunk.pixels(p_)},
-           output_matrix(slot, chunk), column_matrix(slot, chunk).transposed(),
-           {slot_sums(slot), group_out() * p_.taps(), p_.taps(), 1}, accumulate);
-      accumulate = true;
-    });
+    for_each_chunk_in_parallel(
+        p_.output_size().h, slots_.rows, [&](const Chunk& chunk, char* slot) {
+          if (!skips_im2col(p_)) im2col(p_, input_, columns(slot, chunk), kSum);
+          move_output<T, true>(p_, chunk, output_, chunk_output(slot, chunk), nullptr);
+          char& accumulate = used[(slot - slot_data_) / slots_.bytes];
+          gemm(kSum, {p_.groups, group_out(), p_.taps(), chunk.pixels(p_)},
+               output_matrix(slot, chunk), column_matrix(slot, chunk).transposed(),
+               {slot_sums(slot), group_out() * p_.taps(), p_.taps(), 1}, accumulate);
+          accumulate = true;
+        });
     parallel_for(p_.weight.numel(), slots_.count, [&](int64_t i) {
       Sum sum = 0;
       for (int64_t slot = 0; slot < slots_.count; ++slot)
@@ -257,10 +260,10 @@ class Im2colGemm final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // A group of m output channels is a product of m rows: below about 16 the BLAS starves.
-    const double starved = std::max(1.0, 16.0 / double(p.group_out_channels()));
-    const double column_bytes = 2.0 * double(p.groups * p.taps()) *
-                                double(p.batch() * p.output_pixels()) * 4;
+    // A group of m output channels is a product of m rows: below about 8 the BLAS starves.
+    const double starved = std::max(1.0, 8.0 / double(p.group_out_channels()));
+    const double column_bytes =
+        2.0 * double(p.groups * p.taps()) * double(p.batch() * p.output_pixels()) * 4;
     const double chunks = std::max(1.0, column_bytes / (2 * kChunkBytes) / device.processors);
     return p.flops() * starved / (device.fp32_flops * kBlasFraction) +
            (column_bytes + p.bytes()) / device.bandwidth + chunks * kChunkOverhead;

@@ -11,8 +11,8 @@
 namespace convops::cpu {
 namespace {
 
-// One core's fused multiply-adds (two AVX2 units at 2.5 GHz) and one socket's memory, a second: only
-// the ratio of the algorithms' costs matters.
+// One core's fused multiply-adds (two AVX2 units at 2.5 GHz) and one socket's memory, a second:
+// only the ratio of the algorithms' costs matters.
 constexpr double kFlopsPerCore = 80e9;
 constexpr double kBandwidth = 20e9;
 
@@ -27,8 +27,13 @@ class CpuRuntime final : public Runtime {
  public:
   CpuRuntime() : algorithms_(make_cpu_algorithms()) {
     const int threads = int(torch::stable::get_num_threads());
-    device_ = {DeviceType::kCpu, 0, processor_name() + ", " + std::to_string(threads) + " threads",
-               0, threads, kBandwidth, kFlopsPerCore * threads};
+    device_ = {DeviceType::kCpu,
+               0,
+               processor_name() + ", " + std::to_string(threads) + " threads",
+               0,
+               threads,
+               kBandwidth,
+               kFlopsPerCore * threads};
   }
 
   const AlgorithmList& algorithms() const override { return algorithms_; }

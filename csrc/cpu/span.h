@@ -1,4 +1,5 @@
-// Which outputs along W a tap reaches from inside the input: the loops over W need no test of their own.
+// Which outputs along W a tap reaches from inside the input: the loops over W need no test of their
+// own.
 #pragma once
 
 #include <algorithm>

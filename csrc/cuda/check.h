@@ -1,4 +1,5 @@
-// Every CUDA and cuBLAS call goes through these; a failure throws with the call and CUDA's own words.
+// Every CUDA and cuBLAS call goes through these; a failure throws with the call and CUDA's own
+// words.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,9 @@
-// col2im: input(channel, h, w) = Σ over taps of columns(tap, the output pixel whose tap hits (h, w)).
+// col2im: input(channel, h, w) = Σ over taps of columns(tap, the output pixel whose tap hits (h,
+// w)).
 //
-// A gather: one thread owns one input element and walks the taps in order, so there is no atomic, the
-// order of the sum is fixed and the result is rounded once. Loads are coalesced along W for stride 1.
+// A gather: one thread owns one input element and walks the taps in order, so there is no atomic,
+// the order of the sum is fixed and the result is rounded once. Loads are coalesced along W for
+// stride 1.
 #include <algorithm>
 
 #include "cuda/check.h"

@@ -1,5 +1,5 @@
-// Strided copy of a four-dimensional tensor with conversion: packs weights and gradients for a GEMM,
-// unpacks a weight gradient, and spreads a bias over the output (source strides 0).
+// Strided copy of a four-dimensional tensor with conversion: packs weights and gradients for a
+// GEMM, unpacks a weight gradient, and spreads a bias over the output (source strides 0).
 //
 // One thread an element, in the order of the destination's memory, so stores are coalesced.
 #include <algorithm>
@@ -42,11 +42,9 @@ void launch(const Tensor4& to, void* destination, const Tensor4& from, const voi
   To* out = static_cast<To*>(destination);
   const From* in = static_cast<const From*>(source);
   if (elements + kThreads <= INT32_MAX)
-    copy_kernel<To, From, int32_t>
-        <<<grid, kThreads, 0, stream>>>(to, out, from, in, elements);
+    copy_kernel<To, From, int32_t><<<grid, kThreads, 0, stream>>>(to, out, from, in, elements);
   else
-    copy_kernel<To, From, int64_t>
-        <<<grid, kThreads, 0, stream>>>(to, out, from, in, elements);
+    copy_kernel<To, From, int64_t><<<grid, kThreads, 0, stream>>>(to, out, from, in, elements);
   CONVOPS_LAUNCH_CHECK("copy");
 }
 

@@ -1,16 +1,18 @@
-// Convolution by its definition on FMA units: an implicit GEMM that reads every tensor where it lies.
-// No workspace (backward-weight takes some to fill the chip), any strides, sizes, groups, all three
-// directions; the algorithm that can always run. float32 is IEEE whatever the precision asked for.
+// Convolution by its definition on FMA units: an implicit GEMM that reads every tensor where it
+// lies. No workspace (backward-weight takes some to fill the chip), any strides, sizes, groups, all
+// three directions; the algorithm that can always run. float32 is IEEE whatever the precision asked
+// for.
 //
 //                    rows m        columns n        sum k
 //   forward          out channel   output pixel     tap (c, kh, kw)      A = weight, B = input
-//   backward-input   in channel    input pixel      tap (o, kh, kw)      A = weight, B = grad_output
-//   backward-weight  out channel   tap (c, kh, kw)  output pixel         A = grad_output, B = input
+//   backward-input   in channel    input pixel      tap (o, kh, kw)      A = weight, B =
+//   grad_output backward-weight  out channel   tap (c, kh, kw)  output pixel         A =
+//   grad_output, B = input
 //
-// A block computes one tile of one group. B is gathered: a pixel gives a base and coordinates, a tap
-// gives offsets, and what falls outside is zero. Pixels are the fastest index of a warp's loads in
-// every direction, so loads along W are coalesced. Backward-weight's sum runs over rows of output
-// pixels; blocks share it (split-K) and a second kernel adds their parts in order.
+// A block computes one tile of one group. B is gathered: a pixel gives a base and coordinates, a
+// tap gives offsets, and what falls outside is zero. Pixels are the fastest index of a warp's loads
+// in every direction, so loads along W are coalesced. Backward-weight's sum runs over rows of
+// output pixels; blocks share it (split-K) and a second kernel adds their parts in order.
 #include <algorithm>
 
 #include "cuda/algorithms.h"
@@ -22,7 +24,7 @@ namespace {
 
 template <int kM_, int kN_, int kK_, int kThreadM_, int kThreadN_>
 struct Tile {
-  static constexpr int kM = kM_, kN = kN_, kK = kK_;      // of a block, per step along k
+  static constexpr int kM = kM_, kN = kN_, kK = kK_;                // of a block, per step along k
   static constexpr int kThreadM = kThreadM_, kThreadN = kThreadN_;  // of a thread
   static constexpr int kThreads = kM / kThreadM * (kN / kThreadN);
   static_assert(kThreads == 256, "loads below are spread over 256 threads");
@@ -69,10 +71,10 @@ __device__ __forceinline__ Tap decode_tap(const ConvProblem& p, int index) {
   const int kw = index % kernel_w, rest = index / kernel_w;
   const int kh = rest % kernel_h, channel = rest / kernel_h;
   const bool input = kDirection == Direction::kBackwardInput;
-  return {channel * (input ? p.output.stride[1] : p.input.stride[1]),
-          channel * p.weight.stride[input ? 0 : 1] + kh * p.weight.stride[2] +
-              kw * p.weight.stride[3],
-          kh * int(p.dilation.h), kw * int(p.dilation.w)};
+  return {
+      channel * (input ? p.output.stride[1] : p.input.stride[1]),
+      channel * p.weight.stride[input ? 0 : 1] + kh * p.weight.stride[2] + kw * p.weight.stride[3],
+      kh * int(p.dilation.h), kw * int(p.dilation.w)};
 }
 
 // B's element, zero outside.
@@ -109,7 +111,8 @@ struct Shared {
   Sum b[Tile::kK][Tile::kN + 1];
 };
 
-// accumulators += a · b over one step of the shared tiles. Row i of a thread is m = i · (kM / kThreadM)
+// accumulators += a · b over one step of the shared tiles. Row i of a thread is m = i · (kM /
+// kThreadM)
 // + its row, so that a warp reads neighbours.
 template <typename Tile, typename Sum>
 __device__ __forceinline__ void multiply(const Shared<Tile, Sum>& shared, int row, int column,
@@ -118,7 +121,8 @@ __device__ __forceinline__ void multiply(const Shared<Tile, Sum>& shared, int ro
   for (int k = 0; k < Tile::kK; ++k) {
     Sum a[Tile::kThreadM], b[Tile::kThreadN];
 #pragma unroll
-    for (int i = 0; i < Tile::kThreadM; ++i) a[i] = shared.a[k][row + i * (Tile::kM / Tile::kThreadM)];
+    for (int i = 0; i < Tile::kThreadM; ++i)
+      a[i] = shared.a[k][row + i * (Tile::kM / Tile::kThreadM)];
 #pragma unroll
     for (int j = 0; j < Tile::kThreadN; ++j)
       b[j] = shared.b[k][column + j * (Tile::kN / Tile::kThreadN)];
@@ -129,13 +133,14 @@ __device__ __forceinline__ void multiply(const Shared<Tile, Sum>& shared, int ro
   }
 }
 
-// Forward and backward-input: columns are pixels, the sum is over taps. One block a multiprocessor is
-// what the registers must allow at least: without the 1 ptxas aims at two and spills.
-// Grid: x pixel tiles, y row tiles, z groups.
+// Forward and backward-input: columns are pixels, the sum is over taps. One block a multiprocessor
+// is what the registers must allow at least: without the 1 ptxas aims at two and spills. Grid: x
+// pixel tiles, y row tiles, z groups.
 template <Direction kDirection, typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     pixels_kernel(const __grid_constant__ ConvProblem p, const T* __restrict__ tensor,
-                  const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ result) {
+                  const T* __restrict__ weight, const T* __restrict__ bias,
+                  T* __restrict__ result) {
   using Sum = AccumulateType<T>;
   constexpr bool kInput = kDirection == Direction::kBackwardInput;
   __shared__ Shared<Tile, Sum> shared;
@@ -230,7 +235,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   constexpr int kColumns = Tile::kN / Tile::kThreadN;
   const int row = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
-  Sum sums[Tile::kThreadM][Tile::kThreadN] = {};
+  // Each row's sum is added to the total apart: the error grows with sqrt(rows), not sqrt(pixels).
+  Sum totals[Tile::kThreadM][Tile::kThreadN] = {};
 
   const int64_t width = p.output.size[3], height = p.output.size[2];
   const int64_t lines = p.output.size[0] * height;
@@ -238,6 +244,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const Pixel line_start = decode_pixel<kDirection>(p, line * width, group);
     const T* grad_line = grad_output + line / height * p.output.stride[0] +
                          line % height * p.output.stride[2] + group * rows * p.output.stride[1];
+    Sum sums[Tile::kThreadM][Tile::kThreadN] = {};
     for (int64_t w0 = 0; w0 < width; w0 += Tile::kK) {
       const int64_t w = w0 + load_k;
       const Pixel pixel{line_start.base, line_start.h, line_start.w + w * p.stride.w};
@@ -246,14 +253,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         shared.b[load_k][load_n + i * kLoadColumns] =
             w < width ? gather<kDirection>(p, input, pixel, load_taps[i]) : Sum(0);
       for (int m = load_n; m < Tile::kM; m += kLoadColumns)
-        shared.a[load_k][m] = w < width && m0 + m < rows
-                                  ? convert<Sum>(grad_line[w * p.output.stride[3] +
-                                                           (m0 + m) * p.output.stride[1]])
-                                  : Sum(0);
+        shared.a[load_k][m] =
+            w < width && m0 + m < rows
+                ? convert<Sum>(grad_line[w * p.output.stride[3] + (m0 + m) * p.output.stride[1]])
+                : Sum(0);
       __syncthreads();
       multiply<Tile>(shared, row, column, sums);
       __syncthreads();
     }
+#pragma unroll
+    for (int i = 0; i < Tile::kThreadM; ++i)
+#pragma unroll
+      for (int j = 0; j < Tile::kThreadN; ++j) totals[i][j] += sums[i][j];
   }
 
 #pragma unroll
@@ -264,19 +275,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (m >= rows || n >= taps) continue;
       const int64_t o = group * rows + m;
       if (partial)
-        partial[(split * p.out_channels() + o) * taps + n] = sums[i][j];
+        partial[(split * p.out_channels() + o) * taps + n] = totals[i][j];
       else
         result[o * p.weight.stride[0] + decode_tap<kDirection>(p, int(n)).a_offset] =
-            convert<T>(sums[i][j]);
+            convert<T>(totals[i][j]);
     }
 }
 
 // Adds the splits in order and rounds once.
 template <typename T>
-__global__ void __launch_bounds__(256)
-    reduce_kernel(const __grid_constant__ ConvProblem p,
-                  const AccumulateType<T>* __restrict__ partial, int splits,
-                  T* __restrict__ result) {
+__global__ void __launch_bounds__(256) reduce_kernel(const __grid_constant__ ConvProblem p,
+                                                     const AccumulateType<T>* __restrict__ partial,
+                                                     int splits, T* __restrict__ result) {
   const int64_t taps = p.taps(), elements = p.out_channels() * taps;
   const int64_t element = int64_t(blockIdx.x) * 256 + threadIdx.x;
   if (element >= elements) return;
@@ -354,8 +364,8 @@ void run_typed(const ConvProblem& p, const Operands& operands, const Execution& 
   }
   // Fewer splits where the workspace is short; one needs none.
   const int64_t affordable = execution.workspace_bytes / partial_bytes(p);
-  const int splits = int(std::max<int64_t>(
-      1, std::min(wanted_splits(p, *execution.device), affordable)));
+  const int splits =
+      int(std::max<int64_t>(1, std::min(wanted_splits(p, *execution.device), affordable)));
   void* partial = splits > 1 ? execution.workspace : nullptr;
   if (thin)
     launch_taps<T, ThinWeightTile>(p, operands, splits, partial, stream);
@@ -363,8 +373,7 @@ void run_typed(const ConvProblem& p, const Operands& operands, const Execution& 
     launch_taps<T, DenseTile>(p, operands, splits, partial, stream);
   if (!partial) return;
   reduce_kernel<T><<<unsigned(ceil_divide(p.weight.numel(), 256)), 256, 0, stream>>>(
-      p, static_cast<const AccumulateType<T>*>(partial), splits,
-      static_cast<T*>(operands.weight));
+      p, static_cast<const AccumulateType<T>*>(partial), splits, static_cast<T*>(operands.weight));
   CONVOPS_LAUNCH_CHECK("direct backward-weight reduction");
 }
 

@@ -92,8 +92,8 @@ void gemm(DType dtype, DType c_dtype, Precision precision, const GemmSize& size,
         static_cast<const double*>(right.data), right.leading, right.batch_stride, &beta64,
         static_cast<double*>(out), result.leading, result.batch_stride, batch));
   } else if (dtype == DType::kFloat32) {
-    const MathMode mode(handle, precision == Precision::kTf32 ? CUBLAS_TF32_TENSOR_OP_MATH
-                                                              : CUBLAS_DEFAULT_MATH);
+    const MathMode mode(
+        handle, precision == Precision::kTf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH);
     CONVOPS_CUBLAS_CHECK(cublasSgemmStridedBatched(
         handle, left.operation, right.operation, m, n, k, &alpha,
         static_cast<const float*>(left.data), left.leading, left.batch_stride,

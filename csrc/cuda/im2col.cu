@@ -1,10 +1,11 @@
-// im2col: columns(tap, pixel) = input(channel, oh · stride - padding + kh · dilation, ...), zero outside.
+// im2col: columns(tap, pixel) = input(channel, oh · stride - padding + kh · dilation, ...), zero
+// outside.
 //
-// One thread owns kVector neighbouring output pixels of one channel and walks the kernel's taps: the
-// pixels' coordinates are divided out once, each tap is one vector store coalesced over the warp, and
-// the overlapping loads of neighbours meet in L1. Bound by the stores: kernel height · width times the
-// input. H200, 64×512×1024, 3×3: 0.42 ms with vectors of 4, 0.67 ms with single elements; the stores
-// alone take 0.29 ms.
+// One thread owns kVector neighbouring output pixels of one channel and walks the kernel's taps:
+// the pixels' coordinates are divided out once, each tap is one vector store coalesced over the
+// warp, and the overlapping loads of neighbours meet in L1. Bound by the stores: kernel height ·
+// width times the input. H200, 64×512×1024, 3×3: 0.42 ms with vectors of 4, 0.67 ms with single
+// elements; the stores alone take 0.29 ms.
 #include <algorithm>
 
 #include "cuda/check.h"
@@ -65,8 +66,9 @@ __global__ void __launch_bounds__(kThreads)
         for (int v = 0; v < kSize; ++v) {
           const int h = h0[v] + kh * dilation_h, w = w0[v] + kw * dilation_w;
           const bool inside = unsigned(h) < unsigned(in_h) && unsigned(w) < unsigned(in_w);
-          values.value[v] = inside ? image_data[v][plane + h * p.input.stride[2] + w * p.input.stride[3]]
-                                   : convert<T>(AccumulateType<T>(0));
+          values.value[v] =
+              inside ? image_data[v][plane + h * p.input.stride[2] + w * p.input.stride[3]]
+                     : convert<T>(AccumulateType<T>(0));
         }
         *reinterpret_cast<Vector<T, kSize>*>(out) = values;
         out += columns.tap_stride;
@@ -89,8 +91,8 @@ void launch(const ConvProblem& p, const void* input, const Columns& columns, cud
   CONVOPS_LAUNCH_CHECK("im2col");
 }
 
-// Whether every kVector pixels from a multiple of it on are neighbours in aligned memory, and a row has
-// room for a last incomplete vector.
+// Whether every kVector pixels from a multiple of it on are neighbours in aligned memory, and a row
+// has room for a last incomplete vector.
 bool stores_vectors(const ConvProblem& p, const Columns& columns) {
   const int64_t image_pixels = columns.chunk.rows * p.output_size().w;
   const int64_t pixels = columns.chunk.pixels(p);

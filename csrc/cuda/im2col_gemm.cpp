@@ -4,9 +4,10 @@
 //   backward-input   columns(taps, pixels) = weightᵀ · grad_output, then col2im
 //   backward-weight  weight(o, taps)   += grad_output(o, pixels) · columnsᵀ, chunk by chunk
 //
-// A chunk is what fits kChunkBytes. 1×1 convolutions multiply the input as it is. Tensors whose pixels lie evenly spaced
-// (NCHW, channels_last) are multiplied in place, others are packed into the workspace first. For TF32
-// cuBLAS rounds the operands to nearest itself (measured; the tests hold it to that).
+// A chunk is what fits kChunkBytes. 1×1 convolutions multiply the input as it is. Tensors whose
+// pixels lie evenly spaced (NCHW, channels_last) are multiplied in place, others are packed into
+// the workspace first. For TF32 cuBLAS rounds the operands to nearest itself (measured; the tests
+// hold it to that).
 #include <algorithm>
 
 #include "cuda/algorithms.h"
@@ -16,8 +17,8 @@
 namespace convops::cuda {
 namespace {
 
-// Large: chunks that stay in L2 (32 MB) are products too small to fill an H200 and took up to twice as
-// long as these (docs/im2col_gemm.md).
+// Large: chunks that stay in L2 (32 MB) are products too small to fill an H200 and took up to twice
+// as long as these (docs/im2col_gemm.md).
 constexpr int64_t kChunkBytes = int64_t{1024} << 20;
 // Images with fewer pixels are packed side by side for backward-weight: one product with a long sum
 // instead of many with a short one.
@@ -41,8 +42,8 @@ void* advance(void* data, int64_t elements, DType dtype) {
   return static_cast<char*>(data) + elements * element_size(dtype);
 }
 
-// Channels × pixels of some images: an operand of the products. Channels of a group follow each other,
-// groups too.
+// Channels × pixels of some images: an operand of the products. Channels of a group follow each
+// other, groups too.
 struct PixelMatrix {
   void* data;
   DType dtype;
@@ -191,7 +192,8 @@ class Run {
         accumulate = Accumulate::kYes;
       }
     });
-    copy(p_.weight, operands_.weight, p_.dtype, packed_weight_shape(), packed_weight_, sum, stream_);
+    copy(p_.weight, operands_.weight, p_.dtype, packed_weight_shape(), packed_weight_, sum,
+         stream_);
   }
 
  private:
@@ -209,8 +211,7 @@ class Run {
     void* data = operands_.weight;
     if (packs_weight(p_)) {
       data = packed_weight_;
-      copy(packed_weight_shape(), data, p_.dtype, p_.weight, operands_.weight, p_.dtype,
-           stream_);
+      copy(packed_weight_shape(), data, p_.dtype, p_.weight, operands_.weight, p_.dtype, stream_);
     }
     return {data, p_.group_out_channels() * p_.taps(), p_.taps(), 1};
   }
@@ -241,9 +242,8 @@ class Run {
     std::copy(size, size + 4, to.size);
     const int64_t stride[4] = {image_pixels, pixels, p_.output_size().w, 1};
     std::copy(stride, stride + 4, to.stride);
-    copy(to, data, p_.dtype, from,
-         pixel_matrix(p_.output, operands_.output, p_.dtype, chunk).data, p_.dtype,
-         stream_);
+    copy(to, data, p_.dtype, from, pixel_matrix(p_.output, operands_.output, p_.dtype, chunk).data,
+         p_.dtype, stream_);
     return {data, p_.dtype, image_pixels, pixels, 1};
   }
 
@@ -285,16 +285,20 @@ class Im2colGemm final : public Algorithm {
 
   std::string can_run(const ConvProblem& p, const Device&) const override {
     if (p.batch() == 0 || p.taps() == 0) return "nothing to sum";
-    if (p.output_pixels() >= kMaxGemmExtent || p.input_size().h * p.input_size().w >= kMaxGemmExtent)
+    if (p.output_pixels() >= kMaxGemmExtent ||
+        p.input_size().h * p.input_size().w >= kMaxGemmExtent)
       return "an image has more pixels than cuBLAS can count";
     return "";
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
     double rate = device.fp32_flops * kGemmFraction;
-    if (p.dtype == DType::kFloat64) rate *= kDoubleSpeedup;
-    else if (p.dtype != DType::kFloat32) rate *= kHalfSpeedup;
-    else if (p.precision == Precision::kTf32) rate *= kTf32Speedup;
+    if (p.dtype == DType::kFloat64)
+      rate *= kDoubleSpeedup;
+    else if (p.dtype != DType::kFloat32)
+      rate *= kHalfSpeedup;
+    else if (p.precision == Precision::kTf32)
+      rate *= kTf32Speedup;
     const double rows = double(p.group_out_channels());
     const double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
     const double column_bytes =
@@ -302,7 +306,8 @@ class Im2colGemm final : public Algorithm {
                         : 2.0 * double(p.groups * p.taps()) * double(p.batch()) *
                               double(p.output_pixels()) * double(element_size(columns_dtype(p)));
     const double chunks = std::max(1.0, column_bytes / 2 / kChunkBytes);
-    // Where neither groups nor images merge into one call, the fewer of them are calls of their own.
+    // Where neither groups nor images merge into one call, the fewer of them are calls of their
+    // own.
     const double calls = p.groups == 1 ? 1.0 : double(std::min(p.groups, p.batch()));
     return p.flops() * tiles / rate + (column_bytes + p.bytes()) / device.bandwidth +
            (2 + 2 * chunks + calls) * kLaunchSeconds;
