@@ -82,6 +82,12 @@ bool packs_output(const ConvProblem& p) {
   return p.direction == Direction::kBackwardWeight && p.output_pixels() < kFewPixels;
 }
 
+// cuBLAS may round a 16-bit product before it adds it to what is there: with a bias the sum is made
+// in float32 and rounded as it is copied out.
+bool stages_output(const ConvProblem& p) {
+  return p.direction == Direction::kForward && p.has_bias && p.dtype != sum_dtype(p.dtype);
+}
+
 bool packs_weight(const ConvProblem& p) {
   return p.direction == Direction::kBackwardWeight || !p.weight.is_contiguous();
 }
@@ -94,7 +100,9 @@ DType columns_dtype(const ConvProblem& p) {
 int64_t row_bytes(const ConvProblem& p) {
   const int64_t columns =
       skips_im2col(p) ? 0 : p.groups * p.taps() * element_size(columns_dtype(p));
-  const int64_t output = packs_output(p) ? p.out_channels() * element_size(p.dtype) : 0;
+  int64_t output = 0;
+  if (packs_output(p)) output = p.out_channels() * element_size(p.dtype);
+  if (stages_output(p)) output = p.out_channels() * element_size(sum_dtype(p.dtype));
   return (columns + output) * p.output_size().w;
 }
 
@@ -107,7 +115,7 @@ int64_t weight_bytes(const ConvProblem& p) {
 
 // What the padding of the chunk's rows may take on top.
 int64_t padding_bytes(const ConvProblem& p) {
-  return padded_pixels(1) * element_size(columns_dtype(p)) *
+  return padded_pixels(1) * element_size(sum_dtype(p.dtype)) *
          (p.groups * p.taps() + p.out_channels());
 }
 
@@ -136,16 +144,23 @@ class Run {
   }
 
   void forward() {
-    if (p_.has_bias) {
-      Tensor4 bias = p_.output;
-      for (int i = 0; i < 4; ++i) bias.stride[i] = i == 1 ? p_.bias_stride : 0;
-      copy(p_.output, operands_.output, p_.dtype, bias, operands_.bias, p_.dtype, stream_);
-    }
     const Matrix weight = weight_matrix();
     for_each_output_chunk([&](const Chunk& chunk) {
-      multiply_pixels(weight, p_.group_out_channels(), p_.taps(), input_columns(chunk),
-                      pixel_matrix(p_.output, operands_.output, p_.dtype, chunk), chunk,
+      const PixelMatrix columns = input_columns(chunk);
+      const PixelMatrix output = pixel_matrix(p_.output, operands_.output, p_.dtype, chunk);
+      const PixelMatrix result =
+          stages_output(p_) ? packed_output(chunk, sum_dtype(p_.dtype)) : output;
+      if (p_.has_bias) {
+        Tensor4 bias = chunk_shape(chunk, result);
+        for (int i = 0; i < 4; ++i) bias.stride[i] = i == 1 ? p_.bias_stride : 0;
+        copy(chunk_shape(chunk, result), result.data, result.dtype, bias, operands_.bias, p_.dtype,
+             stream_);
+      }
+      multiply_pixels(weight, p_.group_out_channels(), p_.taps(), columns, result, chunk,
                       p_.has_bias ? Accumulate::kYes : Accumulate::kNo);
+      if (stages_output(p_))
+        copy(chunk_shape(chunk, output), output.data, p_.dtype, chunk_shape(chunk, result),
+             result.data, result.dtype, stream_);
     });
   }
 
@@ -229,22 +244,32 @@ class Run {
     return column_matrix(columns);
   }
 
-  // The gradient of the output: in place, or packed behind the columns as (channel, image, pixel).
-  PixelMatrix grad_output(const Chunk& chunk) const {
-    if (!packs_output(p_)) return pixel_matrix(p_.output, operands_.output, p_.dtype, chunk);
+  // The chunk's part of the workspace for the output, behind the columns: (channel, image, pixel).
+  PixelMatrix packed_output(const Chunk& chunk, DType dtype) const {
     const int64_t pixels = padded_pixels(chunk.pixels(p_));
-    const int64_t image_pixels = chunk.rows * p_.output_size().w;
     void* data = chunk_data_;
     if (!skips_im2col(p_)) data = advance(data, p_.groups * p_.taps() * pixels, columns_dtype(p_));
-    const int64_t size[4] = {chunk.images, p_.out_channels(), chunk.rows, p_.output_size().w};
-    Tensor4 from = p_.output, to = p_.output;
-    std::copy(size, size + 4, from.size);
-    std::copy(size, size + 4, to.size);
-    const int64_t stride[4] = {image_pixels, pixels, p_.output_size().w, 1};
-    std::copy(stride, stride + 4, to.stride);
-    copy(to, data, p_.dtype, from, pixel_matrix(p_.output, operands_.output, p_.dtype, chunk).data,
-         p_.dtype, stream_);
-    return {data, p_.dtype, image_pixels, pixels, 1};
+    return {data, dtype, chunk.rows * p_.output_size().w, pixels, 1};
+  }
+
+  // The output of a chunk where the matrix lies, as a tensor.
+  Tensor4 chunk_shape(const Chunk& chunk, const PixelMatrix& m) const {
+    const int64_t width = p_.output_size().w;
+    return {{chunk.images, p_.out_channels(), chunk.rows, width},
+            {m.image_stride, m.channel_stride, width * m.pixel_stride, m.pixel_stride}};
+  }
+
+  // The gradient of the output: in place, or packed.
+  PixelMatrix grad_output(const Chunk& chunk) const {
+    if (!packs_output(p_)) return pixel_matrix(p_.output, operands_.output, p_.dtype, chunk);
+    const PixelMatrix packed = packed_output(chunk, p_.dtype);
+    const Tensor4 to = chunk_shape(chunk, packed);
+    Tensor4 from = p_.output;  // its strides may fit no matrix
+    std::copy(to.size, to.size + 4, from.size);
+    const int64_t first = chunk.image * from.stride[0] + chunk.row * from.stride[2];
+    copy(to, packed.data, p_.dtype, from, advance(operands_.output, first, p_.dtype), p_.dtype,
+         stream_);
+    return packed;
   }
 
   // out(m, pixels) = weight(m, k) · in(k, pixels) for every group and image of the chunk, in as few

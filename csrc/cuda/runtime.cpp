@@ -74,7 +74,11 @@ class CudaRuntime final : public Runtime {
   }
 
   std::shared_ptr<void> make_current(int index) override {
-    return std::make_shared<torch::stable::accelerator::DeviceGuard>(index);
+    auto guard = std::make_shared<torch::stable::accelerator::DeviceGuard>(index);
+    // The guard leaves the driver alone where the device is current already; on a fresh thread (of
+    // autograd) there is no context yet then, and cuBLAS complains.
+    CONVOPS_CUDA_CHECK(cudaSetDevice(index));
+    return guard;
   }
 
   bool is_capturing(void* stream) override {
