@@ -1,5 +1,8 @@
 """torch.library.opcheck, torch.compile, torch.export and AOTInductor."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,7 +194,20 @@ def test_export_with_dynamic_batch(device, decompose, tmp_path):
         torch.testing.assert_close(loaded(x), model(x))
 
 
+AOT_INDUCTOR = """
+import sys, torch
+model, x = torch.nn.ReLU().to(sys.argv[1]), torch.randn(2, 3, device=sys.argv[1])
+program = torch.export.export(model, (x,))
+path = torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[2])
+torch._inductor.aoti_load_package(path)(x)
+"""
+
+
 def test_aot_inductor(device, tmp_path):
+    # Loading any package, a ReLU's too, crashes the process in some installations of torch 2.11.
+    plain = [sys.executable, "-c", AOT_INDUCTOR, device, str(tmp_path / "relu.pt2")]
+    if subprocess.run(plain, capture_output=True).returncode < 0:
+        pytest.skip("torch's own AOTInductor crashes here without conv_ops")
     model = Net().to(device).eval()
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(

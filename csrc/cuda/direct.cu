@@ -109,6 +109,8 @@ struct Shared {
   // One element of padding: the stores of backward-weight walk down columns.
   Sum a[Tile::kK][Tile::kM + 1];
   Sum b[Tile::kK][Tile::kN + 1];
+  // Where the taps of a step lie, of this one and the next: divided out once for the block.
+  Tap taps[2][Tile::kK];
 };
 
 // accumulators += a · b over one step of the shared tiles. Row i of a thread is m = i · (kM /
@@ -165,20 +167,29 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int row = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
   Sum sums[Tile::kThreadM][Tile::kThreadN] = {};
 
+  const auto decode_step = [&](int k0, int buffer) {
+    if (threadIdx.x < Tile::kK && k0 + int(threadIdx.x) < taps)
+      shared.taps[buffer][threadIdx.x] = decode_tap<kDirection>(p, k0 + threadIdx.x);
+  };
+  decode_step(0, 0);
+  __syncthreads();
+
   for (int k0 = 0; k0 < taps; k0 += Tile::kK) {
+    const int buffer = k0 / Tile::kK % 2;
+    decode_step(k0 + Tile::kK, 1 - buffer);
 #pragma unroll
     for (int k = load_k; k < Tile::kK; k += kLoadRows) {
       Sum value = 0;
       if (load_inside && k0 + k < taps)
-        value = gather<kDirection>(p, tensor, pixel, decode_tap<kDirection>(p, k0 + k));
+        value = gather<kDirection>(p, tensor, pixel, shared.taps[buffer][k]);
       shared.b[k][load_n] = value;
     }
     for (int i = threadIdx.x; i < Tile::kM * Tile::kK; i += Tile::kThreads) {
       const int k = i % Tile::kK, m = i / Tile::kK;
       Sum value = 0;
       if (k0 + k < taps && m0 + m < rows)
-        value = convert<Sum>(group_weight[decode_tap<kDirection>(p, k0 + k).a_offset +
-                                          (m0 + m) * weight_row_stride]);
+        value = convert<Sum>(
+            group_weight[shared.taps[buffer][k].a_offset + (m0 + m) * weight_row_stride]);
       shared.a[k][m] = value;
     }
     __syncthreads();
@@ -392,14 +403,16 @@ class Direct final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // Measured shares of the FMA peak; float64 runs at half rate.
-    constexpr double kDenseFraction = 0.3, kThinFraction = 0.08, kLaunchSeconds = 4e-6;
+    // Shares of the FMA peak the tiles reach on an H200, their empty rows counted as work; float64
+    // runs at half rate.
+    constexpr double kDenseFraction = 0.11, kThinFraction = 0.0125, kLaunchSeconds = 4e-6;
     const int64_t tile = is_thin(p) ? ThinTile::kM : DenseTile::kM;
-    const double rows = double(gemm_rows(p));
-    const double waste = double(ceil_divide(gemm_rows(p), tile) * tile) / rows;
+    double work = p.flops() * double(ceil_divide(gemm_rows(p), tile) * tile) / double(gemm_rows(p));
+    // Every input pixel asks every tap, also those that the stride passes by.
+    if (p.direction == Direction::kBackwardInput) work *= double(p.stride.h * p.stride.w);
     double rate = device.fp32_flops * (is_thin(p) ? kThinFraction : kDenseFraction);
     if (p.dtype == DType::kFloat64) rate /= 2;
-    return p.flops() * waste / rate + p.bytes() / device.bandwidth + kLaunchSeconds;
+    return work / rate + p.bytes() / device.bandwidth + kLaunchSeconds;
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {

@@ -30,6 +30,8 @@ constexpr int64_t kAlignment = 256;
 constexpr double kGemmFraction = 0.75;
 constexpr double kTf32Speedup = 6.0, kHalfSpeedup = 12.0, kDoubleSpeedup = 0.5;
 constexpr double kTileRows = 64;
+// The columns' trips through memory: written and read, and col2im's loads take twice as long.
+constexpr double kCol2imPasses = 3;
 constexpr double kLaunchSeconds = 4e-6;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -328,7 +330,8 @@ class Im2colGemm final : public Algorithm {
     const double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
     const double column_bytes =
         skips_im2col(p) ? 0
-                        : 2.0 * double(p.groups * p.taps()) * double(p.batch()) *
+                        : (p.direction == Direction::kBackwardInput ? kCol2imPasses : 2.0) *
+                              double(p.groups * p.taps()) * double(p.batch()) *
                               double(p.output_pixels()) * double(element_size(columns_dtype(p)));
     const double chunks = std::max(1.0, column_bytes / 2 / kChunkBytes);
     // Where neither groups nor images merge into one call, the fewer of them are calls of their
