@@ -23,6 +23,9 @@ constexpr int64_t kChunkBytes = int64_t{1024} << 20;
 // Images with fewer pixels are packed side by side for backward-weight: one product with a long sum
 // instead of many with a short one.
 constexpr int64_t kFewPixels = 4096;
+// Pixels that backward-weight sums in one product. cuBLAS adds them up in float32 whatever their
+// number; longer sums had up to three times cuDNN's error, several short ones have less than it.
+constexpr int64_t kLongestSum = int64_t{1} << 15;
 constexpr int64_t kAlignment = 256;
 
 // For the cost: the share of the peak cuBLAS reaches, the rates of its dtypes over float32 FMA, the
@@ -60,6 +63,11 @@ struct PixelMatrix {
   Matrix group(int64_t index, int64_t group_channels) const {
     return {advance(data, index * group_channels * channel_stride, dtype), image_stride,
             channel_stride, pixel_stride};
+  }
+  // The same without the first pixels.
+  PixelMatrix from(int64_t pixel) const {
+    return {advance(data, pixel * pixel_stride, dtype), dtype, image_stride, channel_stride,
+            pixel_stride};
   }
   // Whether the next image's pixels go on where one's end.
   bool is_merged(int64_t images, int64_t image_pixels) const {
@@ -200,14 +208,16 @@ class Run {
       const int64_t image_pixels = chunk.rows * p_.output_size().w;
       const bool merged = columns.is_merged(chunk.images, image_pixels) &&
                           output.is_merged(chunk.images, image_pixels);
-      for (int64_t image = 0; image < (merged ? 1 : chunk.images); ++image) {
-        gemm(p_.dtype, sum, p_.precision,
-             {p_.groups, p_.group_out_channels(), p_.taps(),
-              merged ? chunk.images * image_pixels : image_pixels},
-             output.image(image, p_.group_out_channels()),
-             columns.image(image, p_.taps()).transposed(), weight, accumulate);
-        accumulate = Accumulate::kYes;
-      }
+      const int64_t pixels = merged ? chunk.images * image_pixels : image_pixels;
+      for (int64_t image = 0; image < (merged ? 1 : chunk.images); ++image)
+        for (int64_t first = 0; first < pixels; first += kLongestSum) {
+          gemm(p_.dtype, sum, p_.precision,
+               {p_.groups, p_.group_out_channels(), p_.taps(),
+                std::min(kLongestSum, pixels - first)},
+               output.from(first).image(image, p_.group_out_channels()),
+               columns.from(first).image(image, p_.taps()).transposed(), weight, accumulate);
+          accumulate = Accumulate::kYes;
+        }
     });
     copy(p_.weight, operands_.weight, p_.dtype, packed_weight_shape(), packed_weight_, sum,
          stream_);
