@@ -23,6 +23,7 @@ _CASES: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
     ((2, 8, 5, 6), (4, 8, 1, 1), {}),
     ((2, 4, 11, 9), (6, 2, 3, 5), {"stride": (2, 3), "padding": (1, 2), "groups": 2}),
     ((2, 6, 8, 9), (6, 1, 2, 4), {"padding": "same", "dilation": (2, 1), "groups": 6}),
+    ((2, 6, 9, 8), (6, 1, 3, 3), {"padding": 1, "groups": 6}),
 )
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
