@@ -38,17 +38,13 @@ struct Shape {
   static constexpr int kTaps = kH * kW;
   static constexpr int kInputRows = (kRows - 1) * kStride + kH;  // under a strip
 };
-// Blocks a multiprocessor must have room for: with 1 ptxas takes the registers the loads in flight
-// need instead of spilling to reach an occupancy. 7×7 sums of float64 need them all; there 0 leaves
-// the choice to it.
-template <typename Shape, typename T>
-constexpr int kMinBlocks = Shape::kTaps == 49 && sizeof(T) == 8 ? 0 : 1;
 // Output rows between two branches out of a strip that ends early. The branches also keep ptxas
-// from moving all loads to the top, which spills; none where it has the choice.
+// from moving all loads to the top, which spills.
+template <typename Shape>
+constexpr int kRowsPerBranch = Shape::kTaps == 49 ? 2 : 4;
+// 49 float64 sums or weights and a strip take more than the 255 registers of a thread.
 template <typename Shape, typename T>
-constexpr int kRowsPerBranch = kMinBlocks<Shape, T> == 0 ? 2 * kRows
-                               : Shape::kTaps == 49      ? 2
-                                                         : 4;
+constexpr bool kIsCompiled = Shape::kTaps < 49 || sizeof(T) < 8;
 template <typename... Shapes>
 struct ShapeList {};
 // The kernels that are compiled.
@@ -122,7 +118,7 @@ __host__ __device__ __forceinline__ void walk_rows(const Source& source, const T
   for (int r = 0; r < Shape::kInputRows; ++r, offset += source.row_stride) {
     constexpr int kFirst = Shape::kH - Shape::kStride;  // where a strip of no outputs would end
     const int ended = (r - kFirst) / Shape::kStride;    // outputs that need no row from r on
-    if (r > kFirst && (r - kFirst) % Shape::kStride == 0 && ended % kRowsPerBranch<Shape, T> == 0 &&
+    if (r > kFirst && (r - kFirst) % Shape::kStride == 0 && ended % kRowsPerBranch<Shape> == 0 &&
         rows <= ended)
       break;
     const bool row_inside = unsigned(h0 + r) < unsigned(source.height);
@@ -211,8 +207,10 @@ __host__ __device__ __forceinline__ void compute_pixels(const Pixels& p, const T
 }
 
 // Grid: x the flat index of strips.
+// At least 1 block a multiprocessor: ptxas then takes the registers that the loads in flight need
+// instead of spilling to reach an occupancy; so in the other kernels.
 template <typename Shape, typename T, bool kDense>
-__global__ void __launch_bounds__(kThreads, (kMinBlocks<Shape, T>))
+__global__ void __launch_bounds__(kThreads, 1)
     pixels_kernel(const __grid_constant__ Pixels p, const T* __restrict__ source,
                   const T* __restrict__ weight, const T* __restrict__ bias,
                   T* __restrict__ result) {
@@ -275,7 +273,7 @@ __host__ __device__ __forceinline__ void add_strip(
 
 // Partial sums lie [channel][tap][chunk]. Grid: x channel · chunks + chunk; lanes along W.
 template <typename Shape, typename T, bool kDense>
-__global__ void __launch_bounds__(kThreads, (kMinBlocks<Shape, T>))
+__global__ void __launch_bounds__(kThreads, 1)
     taps_kernel(const __grid_constant__ Taps p, const T* __restrict__ input,
                 const T* __restrict__ grad, AccumulateType<T>* __restrict__ partial) {
   using Sum = AccumulateType<T>;
@@ -305,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<Shape, T>))
 // The same with a lane a channel, for tensors whose channels are dense: a warp has a chunk of 32
 // channels to itself, so nothing is left to add in the block. Grid: x tiles of channels · blocks.
 template <typename Shape, typename T>
-__global__ void __launch_bounds__(kThreads, (kMinBlocks<Shape, T>))
+__global__ void __launch_bounds__(kThreads, 1)
     taps_channels_kernel(const __grid_constant__ Taps p, const T* __restrict__ input,
                          const T* __restrict__ grad, AccumulateType<T>* __restrict__ partial) {
   using Sum = AccumulateType<T>;
@@ -456,6 +454,8 @@ class Depthwise final : public Algorithm {
       return "no kernel of " + std::to_string(kernel.h) + 'x' + std::to_string(kernel.w) +
              ", stride " + std::to_string(p.stride.h) + 'x' + std::to_string(p.stride.w) +
              " is compiled";
+    if (p.dtype == DType::kFloat64 && kernel.h * kernel.w == 49)
+      return "float64 of a 7x7 kernel takes more registers than a thread has";
     if (p.direction == Direction::kBackwardInput && p.stride.h > 1)
       return "backward-input with a stride";
     for (const Pair side : {p.input_size(), p.output_size(), p.padding})
@@ -485,10 +485,12 @@ class Depthwise final : public Algorithm {
       using T = decltype(tag);
       const auto launch = [&](auto shape) {
         using S = decltype(shape);
-        if (p.direction == Direction::kBackwardWeight)
-          launch_taps<S, T>(p, operands, execution, stream);
-        else
-          launch_pixels<S, T>(p, operands, stream);
+        if constexpr (kIsCompiled<S, T>) {
+          if (p.direction == Direction::kBackwardWeight)
+            launch_taps<S, T>(p, operands, execution, stream);
+          else
+            launch_pixels<S, T>(p, operands, stream);
+        }
       };
       with_shape(p, launch, AllShapes{});
     });
