@@ -1,0 +1,233 @@
+// What the kernels of implicit_gemm compute and how it is cut into tiles: plain data, made once on
+// the host and passed to every kernel by value.
+//
+// The convolution becomes one dense stride-1 problem on *cells*. A cell is block.h × block.w
+// elements of the result and phases.h × phases.w elements of the source (the tensor read: the input,
+// or grad_output for backward-input):
+//
+//   result(row m, cell)  =  Σ over k, taps:  weight(m, k, tap) · source(k, cell + tap)
+//
+//   row m = (phase of the result, result channel)      sum k = (phase of the source, source channel)
+//
+// Forward: a cell's side is `block` results and `block · stride` sources. Backward-input of stride s
+// turns round: `block · s` results and `block` sources. So strides cost no arithmetic, blocks fill
+// the tensor cores' rows where channels are few, and no dilated tensor is ever made.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <string>
+
+#include "algorithm.h"
+
+namespace convops::cuda {
+
+inline constexpr int kSumBlock = 16;   // source channels an instruction sums over
+inline constexpr int kMaxTaps = 1024;  // in all lists together; they travel as kernel parameters
+inline constexpr int kMaxClasses = 16;
+inline constexpr int kMaxDepth = 4;
+
+// Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each.
+inline constexpr int kGemmColumns[] = {64, 96, 128, 160};
+
+inline constexpr int kConsumers = 2;                      // warpgroups that multiply
+inline constexpr int kConverterWarps = 7;                 // and one that streams weights
+inline constexpr int kMaxSharedMemory = 227 * 1024;       // a block of sm_90
+inline constexpr int kStagePadding = 8;                   // floats between staged rows
+inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 4, kMaxWeightStages = 8;
+
+// One spatial axis of the problem on cells.
+struct GemmAxis {
+  int block;    // results along a cell
+  int phases;   // sources along a cell
+  int first;    // the smallest shift of a tap, in cells
+  int shifts;   // taps are shifted by first, ..., first + shifts - 1
+  int stride, padding, dilation, kernel;  // of the convolution
+  bool transposed;                        // backward-input
+
+  // Which weight connects result phase q with source phase p of the cell `shift` further on; -1
+  // where none does.
+  CONVOPS_HOST_DEVICE int tap(int q, int p, int shift) const {
+    const int source = shift * phases + p;
+    const int distance = transposed ? q + padding - stride * source : source - stride * q + padding;
+    if (distance < 0 || distance % dilation != 0) return -1;
+    const int index = distance / dilation;
+    return index < kernel ? index : -1;
+  }
+};
+
+// A tap of the problem on cells, counted from the tile's first source cell.
+struct GemmTap {
+  int16_t h, w;
+  int offset;  // in cells of the tile
+};
+
+// What is computed.
+struct GemmProblem {
+  GemmAxis h, w;
+  Tensor4 source, result;
+  // Of the weight, between groups, result channels, source channels and in the window.
+  int64_t weight_group_stride, weight_row_stride, weight_sum_stride;
+  int64_t weight_h_stride, weight_w_stride;
+  int64_t bias_stride;
+  int groups, rows, sums;       // result and source channels of a group
+  int images, cells_h, cells_w; // of the result
+  int products;                 // of fp16 parts a multiplication takes: 3 for ieee, 1 for tf32
+
+  // Rows are ordered (class, phase, channel) so that a tile of rows skips taps which only other
+  // phases have: a class is a vertical phase of the result, or all of them.
+  int row_classes;
+  // The same for the sum: a class is one phase of the source in both axes, or all of them.
+  int sum_classes;
+  int class_rows, class_sums;  // of one class
+  int sum_blocks;              // of kSumBlock, in class_sums
+  // Taps of (row class, sum class): taps[tap_begin[r][s]] up to taps[tap_begin[r][s + 1]].
+  int16_t tap_begin[kMaxClasses][kMaxClasses + 1];
+  GemmTap taps[kMaxTaps];
+
+  CONVOPS_HOST_DEVICE int tap_count(int row_class, int sum_class) const {
+    return tap_begin[row_class][sum_class + 1] - tap_begin[row_class][sum_class];
+  }
+  // Steps of a block of rows: one tap for kSumBlock of the sum.
+  CONVOPS_HOST_DEVICE int steps(int row_class) const {
+    return (tap_begin[row_class][sum_classes] - tap_begin[row_class][0]) * sum_blocks;
+  }
+};
+
+struct GemmRow {
+  int channel;           // of the group
+  int phase_h, phase_w;  // of the cell
+};
+// Horizontal phases are neighbouring rows, because their results are neighbours in memory.
+CONVOPS_HOST_DEVICE inline GemmRow gemm_row(const GemmProblem& g, int row_class, int row) {
+  const int line = row / g.w.block;
+  return {line % g.rows, g.row_classes > 1 ? row_class : line / g.rows, row % g.w.block};
+}
+
+struct GemmSum {
+  int channel;
+  int phase_h, phase_w;
+};
+CONVOPS_HOST_DEVICE inline GemmSum gemm_sum(const GemmProblem& g, int sum_class, int k) {
+  const int phases = g.h.phases * g.w.phases;
+  const int phase = g.sum_classes > 1 ? sum_class : k % phases;
+  return {g.sum_classes > 1 ? k : k / phases, phase / g.w.phases, phase % g.w.phases};
+}
+
+// How it is cut. The cells of all images lie one below the other, image_rows rows each, of which
+// those past cells_h are computed for nothing; a tile is a window of that tall image. All widths are
+// in cells; rows of a tile lie `pitch` cells apart, and what a tap reads past a row's end is the
+// result of no cell that is kept.
+struct GemmTile {
+  int row_tile;     // rows of the weight: 128 (64 a warpgroup), or 64, the warpgroups sharing them
+  int columns;      // cells a warpgroup multiplies at once: the N of the instruction
+  int pitch;        // cells between rows of a tile
+  int height;       // rows of a warpgroup's part of a tile
+  int tile_rows;    // rows of the whole tile
+  int width;        // cells of a row that are kept
+  int image_rows;
+  bool straddles;   // tiles may reach into the next image
+  int tiles_h, tiles_w;
+  int row_blocks;   // of a class
+  int units;        // blocks of rows in all groups and classes: jobs on the same source tile
+  int jobs;
+  int source_cells;               // of a tile, with what the taps reach
+  int depth;                      // blocks of kSumBlock channels in a stage: 1, 2 or 4
+  // As they come from memory: by bulk copies, whose rows begin at multiples of 16 bytes, or as the
+  // cells lie in the tile.
+  bool bulk;
+  int raw_pitch, raw_cells;       // of a channel, in whole vectors of four
+  unsigned pitch_magic;           // row of cell i is (2 · i · pitch_magic) >> 32
+  int plane;                      // cells between planes in shared memory
+  int raw_stages, source_stages, weight_stages;
+
+  CONVOPS_HOST_DEVICE int raw_bytes() const {  // of a stage, aligned for bulk copies
+    return (raw_cells * depth * kSumBlock * 4 + 127) / 128 * 128;
+  }
+};
+
+// A job of the main kernel: a block of rows on a tile of cells.
+struct GemmJob {
+  int group, row_class, row_block;
+  int row, column;  // the tile's first cell: row of the tall image, column
+};
+CONVOPS_HOST_DEVICE inline GemmJob gemm_job(const GemmProblem& g, const GemmTile& t, int index) {
+  const int unit = index % t.units, tile = index / t.units;
+  const int row_class = unit / t.row_blocks;
+  return {row_class / g.row_classes, row_class % g.row_classes, unit % t.row_blocks,
+          tile / t.tiles_w * t.tile_rows, tile % t.tiles_w * t.width};
+}
+
+// Where the weights of a job begin, counted in steps; they lie in the order of units.
+CONVOPS_HOST_DEVICE inline int64_t gemm_weight_step(const GemmProblem& g, const GemmTile& t,
+                                                    const GemmJob& job) {
+  int64_t group_steps = 0, class_begin = 0;
+  for (int row_class = 0; row_class < g.row_classes; ++row_class) {
+    if (row_class == job.row_class) class_begin = group_steps;
+    group_steps += int64_t(g.steps(row_class)) * t.row_blocks;
+  }
+  return job.group * group_steps + class_begin + int64_t(job.row_block) * g.steps(job.row_class);
+}
+
+// Shared memory of the main kernel, in bytes from its start.
+struct GemmSharedMemory {
+  int weights, raw, sources, staged, bytes;
+
+  // Barriers and the converters' notes come first.
+  static constexpr int kHeader = 1024;
+  CONVOPS_HOST_DEVICE static int weight_bytes(int products, int row_tile) {
+    return row_tile * kSumBlock * 2 * (products == 3 ? 2 : 1);
+  }
+  CONVOPS_HOST_DEVICE static int cell_bytes(int products) { return kSumBlock * 2 * (products == 3 ? 2 : 1); }
+
+  CONVOPS_HOST_DEVICE GemmSharedMemory(const GemmTile& t, int products) {
+    weights = kHeader;
+    raw = weights + t.weight_stages * weight_bytes(products, t.row_tile);
+    sources = raw + t.raw_stages * t.raw_bytes();
+    staged = sources + t.source_stages * t.depth * t.plane * cell_bytes(products);
+    bytes = staged + kConsumers * 4 * 8 * (t.columns + kStagePadding) * 4;
+  }
+};
+
+// Where GemmOperands' parts of the workspace begin, in bytes.
+struct GemmWorkspace {
+  int64_t packed_weights, row_scales, bad_rows, bad_jobs, bytes;
+};
+
+struct GemmPlan {
+  std::string reason;  // why there is none; empty if there is
+  GemmProblem problem;
+  GemmTile tile;
+  double seconds;
+  GemmWorkspace workspace;
+};
+// The fastest by estimate of all blocks and tiles.
+GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
+// Gives up bulk copies, for a source whose address they cannot take.
+void copy_by_cells(GemmTile& tile);
+// Whether the source can be read by bulk copies, and their description of it.
+bool can_copy_bulk(const GemmProblem& gemm);
+CUtensorMap make_source_map(const GemmProblem& gemm, const GemmTile& tile, const void* source);
+
+// The kernels, in the order they run; each launches on the stream and checks the launch.
+struct GemmOperands {
+  const float *source, *weight, *bias;  // bias: nullptr without
+  float* result;
+  // In the workspace: the weights as the main kernel streams them, the power of two just under
+  // every result channel's largest weight, and which channels and which jobs fp16 cannot hold.
+  uint8_t* packed_weights;
+  float* row_scales;
+  uint8_t* bad_rows;
+  uint8_t* bad_jobs;
+  CUtensorMap source_map;  // only with GemmTile::bulk
+};
+void pack_weights(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
+                  void* stream);
+void multiply_sm90(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
+                   int processors, void* stream);
+// Computes the jobs marked bad again, in plain float32.
+void recompute_bad_jobs(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
+                        int processors, void* stream);
+
+}  // namespace convops::cuda

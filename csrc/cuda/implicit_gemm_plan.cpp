@@ -1,0 +1,323 @@
+// From a convolution to the problem on cells, its tiles and an estimate of its time: every block
+// and tile that fits is estimated, the fastest is taken.
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <limits>
+#include <vector>
+
+#include "cuda/implicit_gemm.h"
+
+namespace convops::cuda {
+namespace {
+
+constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
+constexpr int kBlocks[] = {1, 2, 4};
+constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
+
+// Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
+constexpr double kStepCycles = 24;        // between taps
+constexpr double kPromotionCycles = 130;  // of a warpgroup
+constexpr double kConvertCycles = 260;    // a pass of the converters' threads over a stage
+constexpr double kCopyCycles = 250;       // the same where they copy cell by cell
+constexpr double kStageCycles = 700;      // of a stage, whatever its size
+constexpr double kStoreBytes = 24;        // a cycle
+constexpr double kJobCycles = 1500;
+constexpr double kClock = 1.7e9;           // under load
+constexpr double kBandwidthShare = 0.85;  // of the device's peak
+constexpr double kLaunchSeconds = 9e-6;   // three kernels
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+int64_t align(int64_t bytes) { return ceil_divide(bytes, 256) * 256; }
+
+GemmAxis make_axis(const ConvProblem& p, bool vertical, int block) {
+  const auto side = [&](const Pair& pair) { return int(vertical ? pair.h : pair.w); };
+  GemmAxis axis{};
+  axis.stride = side(p.stride);
+  axis.padding = side(p.padding);
+  axis.dilation = side(p.dilation);
+  axis.kernel = side(p.kernel());
+  axis.transposed = p.direction == Direction::kBackwardInput;
+  axis.block = axis.transposed ? block * axis.stride : block;
+  axis.phases = axis.transposed ? block : block * axis.stride;
+  int least = std::numeric_limits<int>::max(), most = std::numeric_limits<int>::min();
+  for (int q = 0; q < axis.block; ++q)
+    for (int k = 0; k < axis.kernel; ++k) {
+      const int reach = k * axis.dilation - axis.padding;
+      if (axis.transposed && (q - reach) % axis.stride != 0) continue;
+      const int source = axis.transposed ? (q - reach) / axis.stride : q * axis.stride + reach;
+      const int shift = floor_divide(source, axis.phases);
+      least = std::min(least, shift);
+      most = std::max(most, shift);
+    }
+  axis.first = least;
+  axis.shifts = most - least + 1;
+  return axis;
+}
+
+// Whether any of the phases q and p are connected at the shift.
+bool connected(const GemmAxis& axis, int q_begin, int q_end, int p_begin, int p_end, int shift) {
+  for (int q = q_begin; q < q_end; ++q)
+    for (int p = p_begin; p < p_end; ++p)
+      if (axis.tap(q, p, shift + axis.first) >= 0) return true;
+  return false;
+}
+
+// Fills the lists of taps; false where they are too long.
+bool list_taps(GemmProblem& g) {
+  int count = 0;
+  for (int r = 0; r < g.row_classes; ++r) {
+    const int q_begin = g.row_classes > 1 ? r : 0;
+    const int q_end = g.row_classes > 1 ? r + 1 : g.h.block;
+    for (int s = 0; s < g.sum_classes; ++s) {
+      const bool one = g.sum_classes > 1;
+      const int ph = s / g.w.phases, pw = s % g.w.phases;
+      g.tap_begin[r][s] = int16_t(count);
+      for (int h = 0; h < g.h.shifts; ++h) {
+        if (!connected(g.h, q_begin, q_end, one ? ph : 0, one ? ph + 1 : g.h.phases, h)) continue;
+        for (int w = 0; w < g.w.shifts; ++w) {
+          if (!connected(g.w, 0, g.w.block, one ? pw : 0, one ? pw + 1 : g.w.phases, w)) continue;
+          if (count == kMaxTaps) return false;
+          g.taps[count++] = {int16_t(h), int16_t(w), 0};
+        }
+      }
+    }
+    g.tap_begin[r][g.sum_classes] = int16_t(count);
+  }
+  return true;
+}
+
+// 1×1, stride 1, no padding, rows that follow each other: an image is one long row.
+void join_rows(GemmProblem& g) {
+  const auto joins = [](const Tensor4& t) { return t.stride[2] == t.size[3] * t.stride[3]; };
+  const bool same = g.source.size[2] == g.result.size[2] && g.source.size[3] == g.result.size[3];
+  const auto plain = [](const GemmAxis& a) {
+    return a.kernel == 1 && a.stride == 1 && a.padding == 0 && a.block == 1;
+  };
+  if (!same || !plain(g.h) || !plain(g.w) || !joins(g.source) || !joins(g.result) ||
+      g.source.size[2] * g.source.size[3] >= kMaxExtent)
+    return;
+  for (Tensor4* t : {&g.source, &g.result}) {
+    t->size[3] *= t->size[2];
+    t->size[2] = 1;
+  }
+  g.cells_w *= g.cells_h;
+  g.cells_h = 1;
+}
+
+// The problem on cells of that size, with classes of rows and sums or without; false if too large.
+bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, bool sum_classes,
+              GemmProblem& g) {
+  const bool forward = p.direction == Direction::kForward;
+  g.h = make_axis(p, true, block_h);
+  g.w = make_axis(p, false, block_w);
+  g.source = forward ? p.input : p.output;
+  g.result = forward ? p.output : p.input;
+  g.groups = int(p.groups);
+  g.rows = int(forward ? p.group_out_channels() : p.group_in_channels());
+  g.sums = int(forward ? p.group_in_channels() : p.group_out_channels());
+  g.weight_group_stride = p.group_out_channels() * p.weight.stride[0];
+  g.weight_row_stride = p.weight.stride[forward ? 0 : 1];
+  g.weight_sum_stride = p.weight.stride[forward ? 1 : 0];
+  g.weight_h_stride = p.weight.stride[2];
+  g.weight_w_stride = p.weight.stride[3];
+  g.bias_stride = p.bias_stride;
+  g.images = int(p.batch());
+  g.cells_h = int(ceil_divide(g.result.size[2], g.h.block));
+  g.cells_w = int(ceil_divide(g.result.size[3], g.w.block));
+  g.products = p.precision == Precision::kIeee ? 3 : 1;
+  const int phases = g.h.phases * g.w.phases;
+  if (row_classes && g.h.block > kMaxClasses) return false;
+  if (sum_classes && phases > kMaxClasses) return false;
+  g.row_classes = row_classes ? g.h.block : 1;
+  g.sum_classes = sum_classes ? phases : 1;
+  g.class_rows = g.rows * g.w.block * (row_classes ? 1 : g.h.block);
+  g.class_sums = g.sums * (sum_classes ? 1 : phases);
+  g.sum_blocks = int(ceil_divide(g.class_sums, kSumBlock));
+  if (!list_taps(g)) return false;
+  join_rows(g);
+  return true;
+}
+
+// As many stages as fit: weights are small, then one more source stage hides the converters' work
+// best, then raw stages the memory's latency.
+bool choose_stages(GemmTile& t, int products) {
+  const int weight_bytes = GemmSharedMemory::weight_bytes(products, t.row_tile);
+  t.source_stages = t.raw_stages = 2;
+  t.weight_stages = std::clamp(40 * 1024 / weight_bytes, 4, kMaxWeightStages);
+  const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
+  if (!fits()) t.weight_stages = 4;
+  if (!fits()) return false;
+  const auto grow = [&](int& stages, int most) {
+    while (stages < most) {
+      ++stages;
+      if (fits()) continue;
+      --stages;
+      break;
+    }
+  };
+  grow(t.raw_stages, 3);
+  grow(t.source_stages, 3);
+  grow(t.raw_stages, kMaxRawStages);
+  return true;
+}
+
+// The tile with `width` cells a row; false if it does not fit.
+bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int depth, bool bulk,
+               GemmTile& t) {
+  t.depth = depth;
+  t.row_tile = row_tile;
+  t.columns = columns;
+  t.width = width;
+  t.pitch = width + g.w.shifts - 1;
+  if (width > columns) return false;
+  t.height = 1 + (columns - width) / t.pitch;
+  const int groups = row_tile == 64 ? kConsumers : 1;
+  // Not more rows than there are.
+  const int64_t straddling_rows = int64_t(g.images) * (g.cells_h + g.h.shifts - 1);
+  t.height = int(std::min<int64_t>(t.height, ceil_divide(straddling_rows, groups)));
+  t.tile_rows = groups * t.height;
+  const int64_t apart = int64_t(g.images) * ceil_divide(g.cells_h, t.tile_rows);
+  const int64_t straddling = ceil_divide(straddling_rows, t.tile_rows);
+  t.straddles = straddling < apart;
+  t.image_rows = t.straddles ? g.cells_h + g.h.shifts - 1
+                             : int(ceil_divide(g.cells_h, t.tile_rows) * t.tile_rows);
+  t.tiles_w = int(ceil_divide(g.cells_w, width));
+  t.tiles_h = int(t.straddles ? straddling : apart);
+  t.row_blocks = int(ceil_divide(g.class_rows, row_tile));
+  t.units = t.row_blocks * g.row_classes * g.groups;
+  const int64_t jobs = std::min(straddling, apart) * t.tiles_w * t.units;
+  if (jobs >= kMaxExtent || int64_t(g.images) * t.image_rows >= kMaxExtent) return false;
+  t.jobs = int(jobs);
+  t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
+  const int source_rows = t.tile_rows + g.h.shifts - 1;
+  constexpr int kLargestBox = 256;
+  // A row may begin up to three cells before the tile.
+  t.raw_pitch = int(ceil_divide(t.pitch + 3, 4) * 4);
+  t.bulk = bulk && !t.straddles && t.raw_pitch <= kLargestBox && source_rows <= kLargestBox;
+  t.raw_cells = source_rows * t.raw_pitch;
+  if (!t.bulk) copy_by_cells(t);
+  t.pitch_magic = unsigned(ceil_divide(int64_t(1) << 31, t.pitch));
+  // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
+  const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
+  t.plane = std::max(t.source_cells, last + columns);
+  return t.plane < (1 << 14) && choose_stages(t, g.products);  // 14 bits in the descriptor
+}
+
+// Widths worth trying: the row cut into the fewest equal parts that fit, and into more.
+std::vector<int> widths(int cells_w, int columns) {
+  constexpr int kMostRows = 10, kTries = 24;  // of a tile; between one row and two
+  std::vector<int> result;
+  const int64_t fewest = ceil_divide(cells_w, columns);
+  const int64_t most = std::min<int64_t>(cells_w, kMostRows * (fewest + 1));
+  for (int64_t parts = fewest; parts <= most; parts += std::max<int64_t>(1, fewest / kTries)) {
+    const int width = int(ceil_divide(cells_w, parts));
+    if (result.empty() || width != result.back()) result.push_back(width);
+  }
+  return result;
+}
+
+double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
+  double cycles = 0;  // of the units of one tile of cells
+  for (int r = 0; r < g.row_classes; ++r) {
+    double multiply = 0;
+    double stages = 0;
+    for (int s = 0; s < g.sum_classes; ++s) {
+      const int taps = g.tap_count(r, s);
+      if (taps == 0) continue;
+      const double depth = std::min(t.depth, g.sum_blocks);
+      const double class_stages = double(ceil_divide(g.sum_blocks, t.depth));
+      const double promotions = g.products == 3 ? std::ceil(taps * depth / 9) : 1;
+      stages += class_stages;
+      multiply += g.sum_blocks * taps * (g.products * t.columns + kStepCycles) +
+                  class_stages * promotions * kPromotionCycles;
+    }
+    const double passes = std::ceil(double(t.depth) * t.source_cells / (kConverterWarps * 32));
+    const double convert =
+        stages * (passes * (kConvertCycles + (t.bulk ? 0 : kCopyCycles)) + kStageCycles);
+    const double rows = double(g.class_rows) / t.row_blocks;
+    const double store = rows * t.width * t.tile_rows * 4 / kStoreBytes;
+    cycles += t.row_blocks * (std::max(multiply, convert) + 0.5 * store + kJobCycles);
+  }
+  cycles *= g.groups;
+  const double mean = cycles / t.units;
+  const double waves = std::ceil(double(t.jobs) / device.processors);
+  return std::max(waves * mean / kClock, bytes / (device.bandwidth * kBandwidthShare)) +
+         kLaunchSeconds;
+}
+
+GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
+  int64_t steps = 0;
+  for (int r = 0; r < g.row_classes; ++r) steps += int64_t(g.steps(r)) * t.row_blocks * g.groups;
+  const int64_t channels = int64_t(g.groups) * g.rows;
+  GemmWorkspace w;
+  w.packed_weights = 0;
+  w.row_scales = align(steps * GemmSharedMemory::weight_bytes(g.products, t.row_tile));
+  w.bad_rows = w.row_scales + align(channels * 4);
+  w.bad_jobs = w.bad_rows + align(channels);
+  w.bytes = w.bad_jobs + align(t.jobs);
+  return w;
+}
+
+}  // namespace
+
+void copy_by_cells(GemmTile& t) {
+  t.bulk = false;
+  t.raw_pitch = t.pitch;
+  t.raw_cells = int(ceil_divide(t.source_cells, 4) * 4);
+}
+
+GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
+  GemmPlan best{};
+  best.seconds = std::numeric_limits<double>::infinity();
+  for (const Tensor4* t : {&p.input, &p.weight, &p.output})
+    for (const int64_t size : t->size)
+      if (size >= kMaxExtent) best.reason = "a side of 2^30 or more";
+  for (const Pair side : {p.stride, p.dilation, p.padding})
+    if (std::max(std::abs(side.h), std::abs(side.w)) >= 1 << 15)
+      best.reason = "a stride, dilation or padding of 2^15 or more";
+  if (p.groups > 65535) best.reason = "more than 65535 groups";
+  if (!best.reason.empty()) return best;
+
+  best.reason = "no tile of its cells fits shared memory";
+  const bool forward = p.direction == Direction::kForward;
+  const int64_t rows = forward ? p.group_out_channels() : p.group_in_channels();
+  const int64_t sums = forward ? p.group_in_channels() : p.group_out_channels();
+  GemmProblem g;
+  GemmTile t;
+  for (const int block_h : kBlocks)
+    for (const int block_w : kBlocks) {
+      // Blocks are for filling instructions that channels leave empty.
+      if (block_h * block_w > 1 && rows * block_h * block_w > kFewRows &&
+          sums * block_h * block_w > kFewSums)
+        continue;
+      for (const bool row_classes : {false, true})
+        for (const bool sum_classes : {false, true}) {
+          const int stride_h = int(p.stride.h), stride_w = int(p.stride.w);
+          if (row_classes && (forward ? block_h : block_h * stride_h) == 1) continue;
+          if (sum_classes && block_h * block_w * (forward ? stride_h * stride_w : 1) == 1) continue;
+          if (!describe(p, block_h, block_w, row_classes, sum_classes, g)) continue;
+          const bool bulk = can_copy_bulk(g);
+          for (const int row_tile : {64, 128}) {
+            if (row_tile == 128 && g.class_rows <= 64) continue;
+            for (const int columns : kGemmColumns)
+              for (const int width : widths(g.cells_w, columns)) {
+                for (int depth = 1; depth <= kMaxDepth; depth *= 2) {
+                  if (depth > 1 && depth >= 2 * g.sum_blocks) break;
+                  if (!make_tile(g, row_tile, columns, width, depth, bulk, t)) break;
+                  const double seconds = estimate(g, t, device, p.bytes());
+                  if (seconds >= best.seconds) continue;
+                  best = {"", g, t, seconds, {}};
+                }
+              }
+          }
+        }
+    }
+  if (!best.reason.empty()) return best;
+  for (GemmTap& tap : best.problem.taps) tap.offset = tap.h * best.tile.pitch + tap.w;
+  best.workspace = lay_out(best.problem, best.tile);
+  return best;
+}
+
+}  // namespace convops::cuda

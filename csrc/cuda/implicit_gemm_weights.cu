@@ -1,0 +1,149 @@
+// The weights of implicit_gemm as its main kernel streams them. A block of threads packs one result
+// channel: finds its largest weight, scales by a power of two, rounds or splits into fp16 and writes
+//
+//   packed[unit][sum class][sum block][tap][plane of 8 channels][row][8 halves]
+//
+// A tap's weights for a block of rows are one contiguous piece of shared memory this way, in the
+// layout wgmma reads. It is done anew in every call: 0.02 ms, and nothing can be out of date.
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "cuda/check.h"
+#include "cuda/implicit_gemm.h"
+
+namespace convops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLargestExponent = 14, kBias = 127;  // of fp16's range, as in the source stages
+// Below this share of a row's largest weight a channel's weights lose bits they should have.
+constexpr uint32_t kIeeeExponents = 20, kTf32Exponents = 28;
+// Random weights have a few such channels, which do no harm; many are no accident.
+constexpr int kRareChannels = 64;  // one in so many
+
+struct RowScale {
+  float factor;     // what weights are multiplied with
+  float row_scale;  // the power of two just under the largest
+  bool fits;
+};
+
+__device__ RowScale choose_scale(uint32_t largest) {
+  if (largest == 0) return {1, 1, true};
+  const int exponent = int(largest >> 23) - kBias;
+  if (exponent > 109 || exponent < -99) return {0, 0, false};  // NaN and Inf are above, too
+  return {__uint_as_float(unsigned(kBias + kLargestExponent - exponent) << 23),
+          __uint_as_float(unsigned(kBias + exponent) << 23), true};
+}
+
+// Bits of the largest |w| of a channel of the sum.
+__device__ uint32_t channel_max(const GemmProblem& g, const float* weight, int k) {
+  uint32_t largest = 0;
+  for (int h = 0; h < g.h.kernel; ++h)
+    for (int w = 0; w < g.w.kernel; ++w)
+      largest = max(largest, __float_as_uint(weight[k * g.weight_sum_stride +
+                                                    h * g.weight_h_stride +
+                                                    w * g.weight_w_stride]) &
+                                 0x7fffffff);
+  return largest;
+}
+
+// The scale of a row; by all threads of the block.
+__device__ RowScale find_scale(const GemmProblem& g, const float* weight) {
+  uint32_t largest = 0;
+  for (int k = threadIdx.x; k < g.sums; k += kThreads)
+    largest = max(largest, channel_max(g, weight, k));
+  __shared__ uint32_t warps[kThreads / 32];
+  largest = __reduce_max_sync(~0u, largest);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = largest;
+  __syncthreads();
+  for (const uint32_t other : warps) largest = max(largest, other);
+  RowScale scale = choose_scale(largest);
+
+  const uint32_t span = (g.products == 3 ? kIeeeExponents : kTf32Exponents) << 23;
+  int tiny = 0;
+  for (int first = 0; first < g.sums; first += kThreads) {
+    const int k = first + threadIdx.x;
+    const uint32_t channel = k < g.sums ? channel_max(g, weight, k) : 0;
+    tiny += __syncthreads_count(channel > 0 && scale.fits && channel < largest - span);
+  }
+  scale.fits &= tiny * kRareChannels <= g.sums;
+  return scale;
+}
+
+// Eight channels of the sum from k on, at a tap, for a row: high parts and what they leave.
+__device__ void pack_eight(const GemmProblem& g, const float* weight, const GemmRow& row,
+                           int sum_class, int k, const GemmTap& tap, float factor, __half2 (&high)[4],
+                           __half2 (&low)[4]) {
+  float values[8];
+  for (int i = 0; i < 8; ++i) {
+    values[i] = 0;
+    if (k + i >= g.class_sums) continue;
+    const GemmSum sum = gemm_sum(g, sum_class, k + i);
+    const int h = g.h.tap(row.phase_h, sum.phase_h, tap.h + g.h.first);
+    const int w = g.w.tap(row.phase_w, sum.phase_w, tap.w + g.w.first);
+    if (h >= 0 && w >= 0)
+      values[i] = factor * weight[sum.channel * g.weight_sum_stride + h * g.weight_h_stride +
+                                  w * g.weight_w_stride];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    high[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+    const float2 rounded = __half22float2(high[i]);
+    low[i] = __floats2half2_rn(values[2 * i] - rounded.x, values[2 * i + 1] - rounded.y);
+  }
+}
+
+// Grid: x result channels of a group, y groups.
+__global__ void __launch_bounds__(kThreads)
+    pack_weights_kernel(const __grid_constant__ GemmProblem g, const __grid_constant__ GemmTile t,
+                        const __grid_constant__ GemmOperands operands) {
+  const int channel = blockIdx.x, group = blockIdx.y;
+  const float* const weight =
+      operands.weight + group * g.weight_group_stride + channel * g.weight_row_stride;
+  const RowScale scale = find_scale(g, weight);
+  if (threadIdx.x == 0) {
+    operands.row_scales[group * g.rows + channel] = scale.row_scale;
+    operands.bad_rows[group * g.rows + channel] = !scale.fits;
+  }
+  const int blocks = gridDim.x * gridDim.y, block = group * gridDim.x + channel;
+  for (int i = block * kThreads + threadIdx.x; i < t.jobs; i += blocks * kThreads)
+    operands.bad_jobs[i] = 0;
+
+  const int planes = g.products == 3 ? 4 : 2;
+  const int phases_h = g.row_classes > 1 ? 1 : g.h.block;
+  for (int row_class = 0; row_class < g.row_classes; ++row_class) {
+    const int steps = g.steps(row_class), first_tap = g.tap_begin[row_class][0];
+    for (int phase = 0; phase < phases_h * g.w.block; ++phase) {
+      const int row = (phase / g.w.block * g.rows + channel) * g.w.block + phase % g.w.block;
+      const GemmRow where = gemm_row(g, row_class, row);
+      const GemmJob job{group, row_class, row / t.row_tile, 0, 0};
+      uint4* const packed = reinterpret_cast<uint4*>(operands.packed_weights) +
+                            gemm_weight_step(g, t, job) * planes * t.row_tile + row % t.row_tile;
+      for (int i = threadIdx.x; i < 2 * steps; i += kThreads) {
+        const int step = i / 2, part = i % 2;
+        int sum_class = 0;
+        while (step >= (g.tap_begin[row_class][sum_class + 1] - first_tap) * g.sum_blocks)
+          ++sum_class;
+        const int begin = g.tap_begin[row_class][sum_class];
+        const int taps = g.tap_count(row_class, sum_class);
+        const int rest = step - (begin - first_tap) * g.sum_blocks;
+        __half2 high[4], low[4];
+        pack_eight(g, weight, where, sum_class, rest / taps * kSumBlock + 8 * part,
+                   g.taps[begin + rest % taps], scale.factor, high, low);
+        uint4* const place = packed + (int64_t(step) * planes + part) * t.row_tile;
+        *place = *reinterpret_cast<const uint4*>(high);
+        if (planes == 4) place[2 * t.row_tile] = *reinterpret_cast<const uint4*>(low);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void pack_weights(const GemmProblem& g, const GemmTile& t, const GemmOperands& operands,
+                  void* stream) {
+  pack_weights_kernel<<<dim3(g.rows, g.groups), kThreads, 0, cudaStream_t(stream)>>>(g, t, operands);
+  CONVOPS_LAUNCH_CHECK("implicit_gemm weights");
+}
+
+}  // namespace convops::cuda

@@ -1,0 +1,33 @@
+// Barriers in shared memory (mbarrier), barriers of some of a block's warps, and register budgets.
+#pragma once
+
+#include <cstdint>
+#include <cuda/ptx>
+
+namespace convops::cuda::ptx {
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  while (!::cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
+  }
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  ::cuda::ptx::mbarrier_arrive(barrier);
+}
+
+// Barrier `kName` (1 to 15; 0 is __syncthreads) of kThreads threads.
+template <int kName, int kThreads>
+__device__ __forceinline__ void sync_threads() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kName), "n"(kThreads) : "memory");
+}
+
+// Registers a thread of this warpgroup has from here on; all its warps must come by.
+template <int kRegisters>
+__device__ __forceinline__ void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace convops::cuda::ptx

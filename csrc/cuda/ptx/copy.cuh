@@ -1,0 +1,43 @@
+// Asynchronous copies from global to shared memory.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <cuda/ptx>
+
+namespace convops::cuda::ptx {
+
+// Four bytes, or zeros where `inside` is false (then nothing is read).
+__device__ __forceinline__ void copy_float(uint32_t destination, const float* source, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source),
+               "r"(inside ? 4 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Multiples of 16 bytes by one thread; the barrier's phase completes when they have arrived.
+__device__ __forceinline__ void copy_bulk(void* destination, const void* source, uint32_t bytes,
+                                          uint64_t* barrier) {
+  ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
+                                         ::cuda::ptx::space_shared, barrier, bytes);
+  ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, destination,
+                             source, bytes, barrier);
+}
+
+// A box of a four-dimensional tensor, zeros outside of it; place: its first element, innermost
+// dimension first (a multiple of 16 bytes).
+__device__ __forceinline__ void copy_box(void* destination, const CUtensorMap* map,
+                                         const int32_t (&place)[4], uint32_t bytes,
+                                         uint64_t* barrier) {
+  ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
+                                         ::cuda::ptx::space_shared, barrier, bytes);
+  ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global,
+                                    destination, map, place, barrier);
+}
+
+}  // namespace convops::cuda::ptx

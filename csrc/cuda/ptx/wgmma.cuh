@@ -1,0 +1,75 @@
+// Hopper's warpgroup matrix multiplication, one instruction a function: D (64×N, float32 in
+// registers) = A (64×16) · B (16×N) + D, both operands fp16 in shared memory.
+#pragma once
+
+#include <cstdint>
+
+namespace convops::cuda::ptx {
+
+// An operand in shared memory, K-major without swizzle: rows of 8 halves (16 bytes), 16 bytes apart;
+// a row's second 8 lie `plane` bytes after its first. Of the descriptor's two words only the lower
+// depends on it; adding i to that moves the operand by i rows.
+struct Matrix {
+  uint32_t low;
+
+  __device__ Matrix operator+(int rows) const { return {low + rows}; }
+  __device__ uint64_t descriptor() const {
+    constexpr uint64_t kEightRows = 8 * 16;  // bytes between groups of eight rows
+    return (kEightRows >> 4) << 32 | low;
+  }
+};
+__device__ __forceinline__ Matrix matrix(uint32_t address, uint32_t plane) {
+  // Addresses have 18 bits; in a cluster the ones above are the block's rank.
+  return {(address & 0x3ffff) >> 4 | plane >> 4 << 16};
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most kPending groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Registers are named one by one in PTX: eight a line.
+#define CONVOPS_D(i)                                                                            \
+  "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]), \
+      "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
+#define CONVOPS_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define CONVOPS_R1 CONVOPS_R0 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define CONVOPS_R2 CONVOPS_R1 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define CONVOPS_R3 CONVOPS_R2 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define CONVOPS_R4 CONVOPS_R3 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define CONVOPS_R5 CONVOPS_R4 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define CONVOPS_R6 CONVOPS_R5 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define CONVOPS_R7 CONVOPS_R6 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define CONVOPS_R8 CONVOPS_R7 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define CONVOPS_R9 CONVOPS_R8 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define CONVOPS_R10 CONVOPS_R9 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define CONVOPS_D3 CONVOPS_D(0), CONVOPS_D(1), CONVOPS_D(2), CONVOPS_D(3)
+#define CONVOPS_D5 CONVOPS_D3, CONVOPS_D(4), CONVOPS_D(5)
+#define CONVOPS_D7 CONVOPS_D5, CONVOPS_D(6), CONVOPS_D(7)
+#define CONVOPS_D9 CONVOPS_D7, CONVOPS_D(8), CONVOPS_D(9)
+#define CONVOPS_D10 CONVOPS_D9, CONVOPS_D(10)
+
+// `accumulate` 0 starts a sum: D = A · B. Operand numbers follow the N / 2 registers.
+#define CONVOPS_WGMMA(n, registers, outputs, a_number, b_number, accumulate_number)            \
+  __device__ __forceinline__ void wgmma(float(&d)[n / 2], Matrix a, Matrix b, int accumulate) {                                    \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                         \
+                 ", 0;\n"                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" registers "}, "    \
+                 a_number ", " b_number ", p, 1, 1, 0, 0;\n}\n"                                \
+                 : outputs                                                                     \
+                 : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                                           \
+  }
+CONVOPS_WGMMA(64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34")
+CONVOPS_WGMMA(96, CONVOPS_R5, CONVOPS_D5, "%48", "%49", "%50")
+CONVOPS_WGMMA(128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66")
+CONVOPS_WGMMA(160, CONVOPS_R9, CONVOPS_D9, "%80", "%81", "%82")
+CONVOPS_WGMMA(176, CONVOPS_R10, CONVOPS_D10, "%88", "%89", "%90")
+
+}  // namespace convops::cuda::ptx
