@@ -5,6 +5,8 @@
 // and how fast.
 #include "cuda/implicit_gemm.h"
 
+#include <cuda_runtime.h>
+
 #include <algorithm>
 #include <memory>
 #include <mutex>
@@ -62,6 +64,7 @@ class ImplicitGemm final : public Algorithm {
     GemmTile tile = plan->tile;
     if (tile.bulk && reinterpret_cast<uintptr_t>(gemm.source) % kBulkAlignment != 0)
       copy_by_cells(tile);
+    tile.paired &= reinterpret_cast<uintptr_t>(gemm.result) % sizeof(float2) == 0;
     if (tile.bulk) gemm.source_map = make_source_map(plan->problem, tile, gemm.source);
     const int processors = execution.device->processors;
     pack_weights(plan->problem, tile, gemm, execution.stream);

@@ -37,6 +37,29 @@ inline constexpr int kMaxSharedMemory = 227 * 1024;       // a block of sm_90
 inline constexpr int kStagePadding = 8;                   // floats between staged rows
 inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 4, kMaxWeightStages = 8;
 
+// Division by a number the host knows: a multiplication (Granlund & Montgomery 1994). Dividends are
+// below 2^31.
+struct Divisor {
+  unsigned value = 1, magic = 0, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) : value(unsigned(divisor)) {
+    if (value == 1) return;
+    while ((int64_t{1} << (shift + 1)) < divisor) ++shift;  // floor of log2(divisor - 1)
+    magic = unsigned(((int64_t{1} << (32 + shift)) + value - 1) / value);
+  }
+  CONVOPS_HOST_DEVICE int quotient(int dividend) const {
+#ifdef __CUDA_ARCH__
+    return value == 1 ? dividend : int(__umulhi(unsigned(dividend), magic) >> shift);
+#else
+    return dividend / int(value);
+#endif
+  }
+  CONVOPS_HOST_DEVICE int remainder(int dividend) const {
+    return dividend - quotient(dividend) * int(value);
+  }
+};
+
 // One spatial axis of the problem on cells.
 struct GemmAxis {
   int block;    // results along a cell
@@ -85,6 +108,7 @@ struct GemmProblem {
   // Taps of (row class, sum class): taps[tap_begin[r][s]] up to taps[tap_begin[r][s + 1]].
   int16_t tap_begin[kMaxClasses][kMaxClasses + 1];
   GemmTap taps[kMaxTaps];
+  Divisor by_rows, by_block_w, by_phases, by_phases_w;  // of the numbers of that name
 
   CONVOPS_HOST_DEVICE int tap_count(int row_class, int sum_class) const {
     return tap_begin[row_class][sum_class + 1] - tap_begin[row_class][sum_class];
@@ -101,8 +125,9 @@ struct GemmRow {
 };
 // Horizontal phases are neighbouring rows, because their results are neighbours in memory.
 CONVOPS_HOST_DEVICE inline GemmRow gemm_row(const GemmProblem& g, int row_class, int row) {
-  const int line = row / g.w.block;
-  return {line % g.rows, g.row_classes > 1 ? row_class : line / g.rows, row % g.w.block};
+  const int line = g.by_block_w.quotient(row);
+  return {g.by_rows.remainder(line), g.row_classes > 1 ? row_class : g.by_rows.quotient(line),
+          g.by_block_w.remainder(row)};
 }
 
 struct GemmSum {
@@ -110,9 +135,9 @@ struct GemmSum {
   int phase_h, phase_w;
 };
 CONVOPS_HOST_DEVICE inline GemmSum gemm_sum(const GemmProblem& g, int sum_class, int k) {
-  const int phases = g.h.phases * g.w.phases;
-  const int phase = g.sum_classes > 1 ? sum_class : k % phases;
-  return {g.sum_classes > 1 ? k : k / phases, phase / g.w.phases, phase % g.w.phases};
+  const int phase = g.sum_classes > 1 ? sum_class : g.by_phases.remainder(k);
+  return {g.sum_classes > 1 ? k : g.by_phases.quotient(k), g.by_phases_w.quotient(phase),
+          g.by_phases_w.remainder(phase)};
 }
 
 // How it is cut. The cells of all images lie one below the other, image_rows rows each, of which
@@ -133,14 +158,15 @@ struct GemmTile {
   int units;        // blocks of rows in all groups and classes: jobs on the same source tile
   int jobs;
   int source_cells;               // of a tile, with what the taps reach
+  bool paired;                    // two results are always 8 aligned bytes of one row
   int depth;                      // blocks of kSumBlock channels in a stage: 1, 2 or 4
   // As they come from memory: by bulk copies, whose rows begin at multiples of 16 bytes, or as the
   // cells lie in the tile.
   bool bulk;
   int raw_pitch, raw_cells;       // of a channel, in whole vectors of four
-  unsigned pitch_magic;           // row of cell i is (2 · i · pitch_magic) >> 32
   int plane;                      // cells between planes in shared memory
   int raw_stages, source_stages, weight_stages;
+  Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch;
 
   CONVOPS_HOST_DEVICE int raw_bytes() const {  // of a stage, aligned for bulk copies
     return (raw_cells * depth * kSumBlock * 4 + 127) / 128 * 128;
@@ -153,10 +179,12 @@ struct GemmJob {
   int row, column;  // the tile's first cell: row of the tall image, column
 };
 CONVOPS_HOST_DEVICE inline GemmJob gemm_job(const GemmProblem& g, const GemmTile& t, int index) {
-  const int unit = index % t.units, tile = index / t.units;
-  const int row_class = unit / t.row_blocks;
-  return {row_class / g.row_classes, row_class % g.row_classes, unit % t.row_blocks,
-          tile / t.tiles_w * t.tile_rows, tile % t.tiles_w * t.width};
+  const int unit = t.by_units.remainder(index), tile = t.by_units.quotient(index);
+  const int row_class = t.by_row_blocks.quotient(unit);  // of all groups
+  const int group = t.by_row_classes.quotient(row_class);
+  const int tile_h = t.by_tiles_w.quotient(tile);
+  return {group, row_class - group * g.row_classes, t.by_row_blocks.remainder(unit),
+          tile_h * t.tile_rows, (tile - tile_h * t.tiles_w) * t.width};
 }
 
 // Where the weights of a job begin, counted in steps; they lie in the order of units.
@@ -175,10 +203,15 @@ struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
   // Barriers and the converters' notes come first.
-  static constexpr int kHeader = 1024;
+  static constexpr int kHeader = 2048;
   CONVOPS_HOST_DEVICE static int weight_bytes(int products, int row_tile) {
     return row_tile * kSumBlock * 2 * (products == 3 ? 2 : 1);
   }
+  // Of a warp: eight rows of results, and what it notes of its 16 rows.
+  CONVOPS_HOST_DEVICE static constexpr int staged_bytes(int columns) {
+    return 8 * (columns + kStagePadding) * 4 + 16 * kRowPlaceBytes;
+  }
+  static constexpr int kRowPlaceBytes = 24;
   CONVOPS_HOST_DEVICE static int cell_bytes(int products) { return kSumBlock * 2 * (products == 3 ? 2 : 1); }
 
   CONVOPS_HOST_DEVICE GemmSharedMemory(const GemmTile& t, int products) {
@@ -186,7 +219,7 @@ struct GemmSharedMemory {
     raw = weights + t.weight_stages * weight_bytes(products, t.row_tile);
     sources = raw + t.raw_stages * t.raw_bytes();
     staged = sources + t.source_stages * t.depth * t.plane * cell_bytes(products);
-    bytes = staged + kConsumers * 4 * 8 * (t.columns + kStagePadding) * 4;
+    bytes = staged + kConsumers * 4 * staged_bytes(t.columns);
   }
 };
 

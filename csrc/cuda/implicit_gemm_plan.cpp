@@ -11,6 +11,7 @@
 namespace convops::cuda {
 namespace {
 
+constexpr int kMostPairedRows = 4;  // the other way of storing costs less for more
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
 constexpr int kBlocks[] = {1, 2, 4};
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
@@ -20,6 +21,7 @@ constexpr double kStepCycles = 24;        // between taps
 constexpr double kPromotionCycles = 130;  // of a warpgroup
 constexpr double kConvertCycles = 260;    // a pass of the converters' threads over a stage
 constexpr double kCopyCycles = 250;       // the same where they copy cell by cell
+constexpr double kMixedCopyCycles = 700;  // and several phases of the source mix
 constexpr double kStageCycles = 700;      // of a stage, whatever its size
 constexpr double kStoreBytes = 24;        // a cycle
 constexpr double kJobCycles = 1500;
@@ -88,8 +90,8 @@ bool list_taps(GemmProblem& g) {
   return true;
 }
 
-// 1×1, stride 1, no padding, rows that follow each other: an image is one long row.
-void join_rows(GemmProblem& g) {
+// 1×1, stride 1, no padding, rows that follow each other: an image may be one long row.
+bool join_rows(GemmProblem& g) {
   const auto joins = [](const Tensor4& t) { return t.stride[2] == t.size[3] * t.stride[3]; };
   const bool same = g.source.size[2] == g.result.size[2] && g.source.size[3] == g.result.size[3];
   const auto plain = [](const GemmAxis& a) {
@@ -97,18 +99,20 @@ void join_rows(GemmProblem& g) {
   };
   if (!same || !plain(g.h) || !plain(g.w) || !joins(g.source) || !joins(g.result) ||
       g.source.size[2] * g.source.size[3] >= kMaxExtent)
-    return;
+    return false;
   for (Tensor4* t : {&g.source, &g.result}) {
     t->size[3] *= t->size[2];
     t->size[2] = 1;
   }
   g.cells_w *= g.cells_h;
   g.cells_h = 1;
+  return true;
 }
 
-// The problem on cells of that size, with classes of rows and sums or without; false if too large.
+// The problem on cells of that size, with classes of rows and sums or without, with images joined
+// to rows or not; false where that is not to be had.
 bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, bool sum_classes,
-              GemmProblem& g) {
+              bool join, GemmProblem& g) {
   const bool forward = p.direction == Direction::kForward;
   g.h = make_axis(p, true, block_h);
   g.w = make_axis(p, false, block_w);
@@ -135,9 +139,12 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   g.class_rows = g.rows * g.w.block * (row_classes ? 1 : g.h.block);
   g.class_sums = g.sums * (sum_classes ? 1 : phases);
   g.sum_blocks = int(ceil_divide(g.class_sums, kSumBlock));
+  g.by_rows = Divisor(g.rows);
+  g.by_block_w = Divisor(g.w.block);
+  g.by_phases = Divisor(phases);
+  g.by_phases_w = Divisor(g.w.phases);
   if (!list_taps(g)) return false;
-  join_rows(g);
-  return true;
+  return !join || join_rows(g);
 }
 
 // As many stages as fit: weights are small, then one more source stage hides the converters' work
@@ -169,10 +176,14 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   t.depth = depth;
   t.row_tile = row_tile;
   t.columns = columns;
-  t.width = width;
-  t.pitch = width + g.w.shifts - 1;
-  if (width > columns) return false;
-  t.height = 1 + (columns - width) / t.pitch;
+  const auto& stride = g.result.stride;
+  t.paired = g.w.block == 1 && stride[3] == 1 &&
+             (stride[0] | stride[1] | stride[2] | g.result.size[3]) % 2 == 0;
+  const int round = t.paired ? 1 : 0;  // to even numbers
+  t.width = (width + round) & ~round;
+  t.pitch = (t.width + g.w.shifts - 1 + round) & ~round;
+  if (t.width > columns) return false;
+  t.height = 1 + (columns - t.width) / t.pitch;
   const int groups = row_tile == 64 ? kConsumers : 1;
   // Not more rows than there are.
   const int64_t straddling_rows = int64_t(g.images) * (g.cells_h + g.h.shifts - 1);
@@ -181,9 +192,10 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   const int64_t apart = int64_t(g.images) * ceil_divide(g.cells_h, t.tile_rows);
   const int64_t straddling = ceil_divide(straddling_rows, t.tile_rows);
   t.straddles = straddling < apart;
+  t.paired &= !t.straddles && t.height <= kMostPairedRows;
   t.image_rows = t.straddles ? g.cells_h + g.h.shifts - 1
                              : int(ceil_divide(g.cells_h, t.tile_rows) * t.tile_rows);
-  t.tiles_w = int(ceil_divide(g.cells_w, width));
+  t.tiles_w = int(ceil_divide(g.cells_w, t.width));
   t.tiles_h = int(t.straddles ? straddling : apart);
   t.row_blocks = int(ceil_divide(g.class_rows, row_tile));
   t.units = t.row_blocks * g.row_classes * g.groups;
@@ -198,7 +210,6 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   t.bulk = bulk && !t.straddles && t.raw_pitch <= kLargestBox && source_rows <= kLargestBox;
   t.raw_cells = source_rows * t.raw_pitch;
   if (!t.bulk) copy_by_cells(t);
-  t.pitch_magic = unsigned(ceil_divide(int64_t(1) << 31, t.pitch));
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
@@ -219,6 +230,7 @@ std::vector<int> widths(int cells_w, int columns) {
 }
 
 double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
+  const bool mixed = g.sum_classes == 1 && g.h.phases * g.w.phases > 1;
   double cycles = 0;  // of the units of one tile of cells
   for (int r = 0; r < g.row_classes; ++r) {
     double multiply = 0;
@@ -235,10 +247,11 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / (kConverterWarps * 32));
     const double convert =
-        stages * (passes * (kConvertCycles + (t.bulk ? 0 : kCopyCycles)) + kStageCycles);
+        stages * (passes * (kConvertCycles + (t.bulk ? 0 : mixed ? kMixedCopyCycles : kCopyCycles)) + kStageCycles);
     const double rows = double(g.class_rows) / t.row_blocks;
     const double store = rows * t.width * t.tile_rows * 4 / kStoreBytes;
-    cycles += t.row_blocks * (std::max(multiply, convert) + 0.5 * store + kJobCycles);
+    cycles += t.row_blocks * (std::max(multiply, convert) + 0.25 * std::min(multiply, convert) +
+                              0.5 * store + kJobCycles);
   }
   cycles *= g.groups;
   const double mean = cycles / t.units;
@@ -293,11 +306,11 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
           sums * block_h * block_w > kFewSums)
         continue;
       for (const bool row_classes : {false, true})
-        for (const bool sum_classes : {false, true}) {
+        for (const bool sum_classes : {false, true}) for (const bool join : {false, true}) {
           const int stride_h = int(p.stride.h), stride_w = int(p.stride.w);
           if (row_classes && (forward ? block_h : block_h * stride_h) == 1) continue;
           if (sum_classes && block_h * block_w * (forward ? stride_h * stride_w : 1) == 1) continue;
-          if (!describe(p, block_h, block_w, row_classes, sum_classes, g)) continue;
+          if (!describe(p, block_h, block_w, row_classes, sum_classes, join, g)) continue;
           const bool bulk = can_copy_bulk(g);
           for (const int row_tile : {64, 128}) {
             if (row_tile == 128 && g.class_rows <= 64) continue;
@@ -315,7 +328,14 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
         }
     }
   if (!best.reason.empty()) return best;
-  for (GemmTap& tap : best.problem.taps) tap.offset = tap.h * best.tile.pitch + tap.w;
+  GemmTile& tile = best.tile;
+  tile.by_units = Divisor(tile.units);
+  tile.by_row_blocks = Divisor(tile.row_blocks);
+  tile.by_row_classes = Divisor(best.problem.row_classes);
+  tile.by_tiles_w = Divisor(tile.tiles_w);
+  tile.by_image_rows = Divisor(tile.image_rows);
+  tile.by_pitch = Divisor(tile.pitch);
+  for (GemmTap& tap : best.problem.taps) tap.offset = tap.h * tile.pitch + tap.w;
   best.workspace = lay_out(best.problem, best.tile);
   return best;
 }

@@ -66,6 +66,12 @@ struct Traits {
   static_assert(kStagePitch % 32 == 8 || kStagePitch % 32 == 24, "staging without bank conflicts");
 };
 
+// A channel of the source in one of its phases, from the place of the cell in channel and phase 0.
+struct SumPlace {
+  int64_t offset;
+  int h, w;  // far outside where there is no such channel
+};
+
 // Barriers and notes at the start of shared memory.
 struct Header {
   uint64_t weights_full[kMaxWeightStages], weights_empty[kMaxWeightStages];
@@ -75,6 +81,7 @@ struct Header {
   int raw_skew[kMaxRawStages];
   int raw_job[kMaxRawStages];           // whose cells a stage holds; kNoJob: there is no more
   uint32_t channel_max[kMaxDepth * kSumBlock];  // bits of |x|, of the stage being converted
+  SumPlace sum_places[kMaxDepth * kSumBlock];   // of the stage being copied, with mixed phases
 };
 static_assert(sizeof(Header) <= GemmSharedMemory::kHeader);
 
@@ -139,15 +146,11 @@ struct SourceTile {
   __device__ SourceTile(const GemmProblem& g, const GemmTile& t, int index) : job(index) {
     const GemmJob where = gemm_job(g, t, index);
     channel = where.group * g.sums;
-    image = where.row / t.image_rows;
-    cell_row = where.row % t.image_rows + g.h.first;
+    image = t.by_image_rows.quotient(where.row);
+    cell_row = t.by_image_rows.remainder(where.row) + g.h.first;
     column = where.column + g.w.first;
   }
 };
-
-__device__ __forceinline__ int cell_row(const GemmTile& t, int cell) {
-  return __umulhi(2 * cell, t.pitch_magic);
-}
 
 // One thread copies the tile as a box whose rows begin at a multiple of 16 bytes, `skew` cells
 // before the tile's. The copy engine writes zeros outside the tensor.
@@ -163,54 +166,57 @@ __device__ __forceinline__ void load_source_bulk(const GemmTile& t, const GemmOp
 // Copies the cells one by one into raw[channel][cell], wherever they come from.
 __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile& t,
                                             const SourceTile& tile, int sum_class, int block,
-                                            const float* source, uint32_t raw, int thread) {
-  const bool one_phase = g.sum_classes > 1 || g.h.phases * g.w.phases == 1;
+                                            const float* source, Header& header, uint32_t raw,
+                                            int thread) {
+  const bool mixed = g.sum_classes == 1 && g.h.phases * g.w.phases > 1;
   const int height = int(g.source.size[2]), width = int(g.source.size[3]);
   const int64_t channel_stride = g.source.stride[1];
-  for (int part = 0; part < t.depth; ++part) {
-    const GemmSum first = gemm_sum(g, sum_class, (block + part) * kSumBlock);
-    const float* const base = source + int64_t(tile.channel + first.channel) * channel_stride;
-    const int channels = g.sums - first.channel;  // left from the first on
-    for (int cell = thread; cell < t.raw_cells; cell += kConverterThreads) {
-      const int row = cell_row(t, cell), column = cell - row * t.pitch;
-      int image = tile.image, from_row = tile.cell_row + row;
-      if (t.straddles)
-        for (; from_row - g.h.first >= t.image_rows; from_row -= t.image_rows) ++image;
-      const bool exists = cell < t.source_cells && image < g.images;
-      const int h = from_row * g.h.phases + first.phase_h;
-      const int w = (tile.column + column) * g.w.phases + first.phase_w;
-      uint32_t destination = raw + (part * kSumBlock * t.raw_cells + cell) * 4;
-      const float* place = base + image * g.source.stride[0] + h * g.source.stride[2] +
-                           w * g.source.stride[3];
-      if (one_phase) {
-        const bool inside =
-            exists && unsigned(h) < unsigned(height) && unsigned(w) < unsigned(width);
+  const GemmSum first = gemm_sum(g, sum_class, block * kSumBlock);
+  if (mixed) {
+    ptx::sync_threads<1, kConverterThreads>();  // all are done with the last stage's places
+    if (thread < t.depth * kSumBlock) {
+      const GemmSum sum = gemm_sum(g, sum_class, block * kSumBlock + thread);
+      header.sum_places[thread] = {sum.channel * channel_stride +
+                                       sum.phase_h * g.source.stride[2] +
+                                       sum.phase_w * g.source.stride[3],
+                                   sum.channel < g.sums ? sum.phase_h : 1 << 30, sum.phase_w};
+    }
+    ptx::sync_threads<1, kConverterThreads>();
+  }
+  for (int i = thread; i < t.depth * t.raw_cells; i += kConverterThreads) {
+    int cell = i, part = 0;
+    for (; cell >= t.raw_cells; cell -= t.raw_cells) ++part;
+    const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
+    int image = tile.image, from_row = tile.cell_row + row;
+    if (t.straddles)
+      for (; from_row - g.h.first >= t.image_rows; from_row -= t.image_rows) ++image;
+    const bool exists = cell < t.source_cells && image < g.images;
+    int h = from_row * g.h.phases, w = (tile.column + column) * g.w.phases;
+    uint32_t destination = raw + (part * kSumBlock * t.raw_cells + cell) * 4;
+    const float* place = source + tile.channel * channel_stride + image * g.source.stride[0] +
+                         h * g.source.stride[2] + w * g.source.stride[3];
+    if (!mixed) {
+      h += first.phase_h;
+      w += first.phase_w;
+      const int channel = first.channel + part * kSumBlock;
+      place += channel * channel_stride + first.phase_h * g.source.stride[2] +
+               first.phase_w * g.source.stride[3];
+      const bool inside = exists && unsigned(h) < unsigned(height) && unsigned(w) < unsigned(width);
 #pragma unroll
-        for (int k = 0; k < kSumBlock; ++k) {
-          const bool real = inside && k < channels;
-          ptx::copy_float(destination, real ? place : source, real);
-          place += channel_stride;
-          destination += t.raw_cells * 4;
-        }
-      } else {
-        GemmSum sum = first;
-#pragma unroll 1
-        for (int k = 0; k < kSumBlock; ++k) {
-          const int y = sum.phase_h - first.phase_h, x = sum.phase_w - first.phase_w;
-          const bool real = exists && sum.channel < g.sums && unsigned(h + y) < unsigned(height) &&
-                            unsigned(w + x) < unsigned(width);
-          const float* const other = place + (sum.channel - first.channel) * channel_stride +
-                                     y * g.source.stride[2] + x * g.source.stride[3];
-          ptx::copy_float(destination, real ? other : source, real);
-          destination += t.raw_cells * 4;
-          if (++sum.phase_w == g.w.phases) {
-            sum.phase_w = 0;
-            if (++sum.phase_h == g.h.phases) {
-              sum.phase_h = 0;
-              ++sum.channel;
-            }
-          }
-        }
+      for (int k = 0; k < kSumBlock; ++k) {
+        const bool real = inside && channel + k < g.sums;
+        ptx::copy_float(destination, real ? place : source, real);
+        place += channel_stride;
+        destination += t.raw_cells * 4;
+      }
+    } else {
+#pragma unroll 4
+      for (int k = 0; k < kSumBlock; ++k) {
+        const SumPlace sum = header.sum_places[part * kSumBlock + k];
+        const bool real = exists && unsigned(h + sum.h) < unsigned(height) &&
+                          unsigned(w + sum.w) < unsigned(width);
+        ptx::copy_float(destination, real ? place + sum.offset : source, real);
+        destination += t.raw_cells * 4;
       }
     }
   }
@@ -274,7 +280,7 @@ __device__ __forceinline__ bool convert_source(const GemmTile& t, const float* r
   for (int i = thread; i < t.depth * t.source_cells; i += kConverterThreads) {
     int cell = i, block = 0;
     for (; cell >= t.source_cells; cell -= t.source_cells) ++block;
-    const int row = cell_row(t, cell);
+    const int row = t.by_pitch.quotient(cell);
     const float* const values =
         raw + block * kSumBlock * t.raw_cells + row * (t.raw_pitch - t.pitch) + cell + skew;
     uint4* const place = stage + block * T::kPlanes * t.plane + cell;
@@ -333,7 +339,7 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
       }
       uint8_t* const place = raw + slot * t.raw_bytes();
       if (!t.bulk)
-        load_source(g, t, tile, at.sum_class, at.block, operands.source,
+        load_source(g, t, tile, at.sum_class, at.block, operands.source, header,
                     uint32_t(__cvta_generic_to_shared(place)), converter_thread());
       else if (leads)
         load_source_bulk(t, operands, tile, at.block, place, header.raw_skew[slot],
@@ -414,13 +420,15 @@ __device__ __forceinline__ void multiply_tap(float (&sums)[T::kColumns / 2], ptx
   }
 }
 
-// A row of the warpgroup's tile as its results need it; every lane keeps one of its warp's 16.
+// A row of the warpgroup's tile as its results need it.
 struct RowPlace {
   float scale, bias;
   int64_t offset;  // of the row's first result in row 0 of its image's cells
   int phase_h;     // past every height where there is no such row
   int count;       // results in a row of the tile that lie in the tensor
 };
+
+static_assert(sizeof(RowPlace) == GemmSharedMemory::kRowPlaceBytes);
 
 // Rows of neighbouring horizontal phases that are stored as one: all of a cell where they are
 // neighbours in memory, too, and few enough for the rows at hand; else 0.
@@ -458,7 +466,7 @@ struct ResultRows {
 // Writes eight rows from shared memory, `kWoven` of them at a time.
 template <typename T, int kWoven>
 __device__ __forceinline__ void store_rows(const GemmProblem& g, const GemmTile& t,
-                                           const ResultRows& rows, const RowPlace& place, int half,
+                                           const ResultRows& rows, const RowPlace* places,
                                            const float* staged) {
   const int lane = threadIdx.x % kWarp;
   const int64_t step = kWoven > 0 ? 1 : g.result.stride[3] * g.w.block;
@@ -466,10 +474,10 @@ __device__ __forceinline__ void store_rows(const GemmProblem& g, const GemmTile&
   constexpr int kLinesLog = kLines == 4 ? 2 : kLines - 1;
 #pragma unroll 1
   for (int line = 0; line < 8; line += kLines) {
-    const int owner = 8 * half + line;
-    float* to = rows.first + __shfl_sync(~0u, place.offset, owner);
-    int h = rows.row * g.h.block + __shfl_sync(~0u, place.phase_h, owner);
-    const int count = __shfl_sync(~0u, place.count, owner);
+    const RowPlace& place = places[line];
+    float* to = rows.first + place.offset;
+    int h = rows.row * g.h.block + place.phase_h;
+    const int count = place.count;
     const float* values = staged + line * T::kStagePitch;
     int image = rows.image, row = rows.row;
 #pragma unroll 1
@@ -506,23 +514,67 @@ __device__ __forceinline__ void store_rows(const GemmProblem& g, const GemmTile&
   }
 }
 
+// Writes eight rows straight from registers where two neighbours are 8 aligned bytes. A group of
+// four lanes has eight neighbours of a row; it passes them round so that they become the 32 bytes
+// of a sector, wherever the row begins: a partial sector costs the memory a read.
+template <typename T>
+__device__ __forceinline__ void store_pairs(const GemmProblem& g, const GemmTile& t,
+                                            const ResultRows& rows, const RowPlace& place, int half,
+                                            const float (&totals)[T::kColumns / 2]) {
+  const int lane = threadIdx.x % kWarp, quarter = lane % 4;
+  constexpr int kGroups = T::kColumns / 8, kBatch = 4;  // groups of eight columns
+  const float scale = place.scale, bias = place.bias;
+  float* to = rows.first + place.offset;
+  // Rows past the image and those of no phase or channel have nothing to store.
+  const int rows_left = min(
+      t.height, min(g.cells_h - rows.row,
+                    (int(g.result.size[2]) - place.phase_h + g.h.block - 1) / g.h.block - rows.row));
+#pragma unroll 1
+  for (int r = 0; r < t.height; ++r, to += rows.row_step) {
+    const int begin = r * t.pitch;
+    const int turn = (int(reinterpret_cast<uintptr_t>(to) / 8) - begin / 2) & 3;
+    const int from = (lane & ~3) | ((quarter - turn) & 3);
+    const bool ahead = quarter < 4 - turn;  // what this lane passes on stays in its group
+    const int column = 2 * (quarter - turn) - begin;
+    float* const pair = to + column;
+    const unsigned count = r < rows_left ? place.count : 0;
+#pragma unroll
+    for (int first = 0; first <= kGroups; first += kBatch) {
+      if (8 * (first + kBatch) < begin || 8 * (first - 1) >= begin + t.width) continue;
+#pragma unroll
+      for (int i = first; i < first + kBatch && i <= kGroups; ++i) {
+        const int now = 4 * min(i, kGroups - 1) + 2 * half, last = 4 * max(i - 1, 0) + 2 * half;
+        const float a = __shfl_sync(~0u, ahead ? totals[now] : totals[last], from);
+        const float b = __shfl_sync(~0u, ahead ? totals[now + 1] : totals[last + 1], from);
+        if (unsigned(column + 8 * i) < count)
+          *reinterpret_cast<float2*>(pair + 8 * i) =
+              make_float2(fmaf(a, scale, bias), fmaf(b, scale, bias));
+      }
+    }
+  }
+}
+
 // Eight rows of a warp's tile at a time go through shared memory, so that a store writes neighbours.
 template <typename T>
 __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTile& t,
-                                              const GemmJob& job, const RowPlace& place,
+                                              const GemmJob& job, const RowPlace* places,
                                               float* result, float* staged,
                                               const float (&totals)[T::kColumns / 2]) {
   const int lane = threadIdx.x % kWarp;
   const int tall_row =
       job.row + (T::kRowTile == 128 ? 0 : int(threadIdx.x) / kWarp / 4 * t.height);
-  ResultRows rows{tall_row / t.image_rows, tall_row % t.image_rows, result,
+  ResultRows rows{t.by_image_rows.quotient(tall_row), t.by_image_rows.remainder(tall_row), result,
                   g.h.block * g.result.stride[2]};
   rows.first += rows.image * g.result.stride[0] + rows.row * rows.row_step;
   const int woven = woven_rows(g);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float scale = __shfl_sync(~0u, place.scale, 8 * half + lane / 4);
-    const float bias = __shfl_sync(~0u, place.bias, 8 * half + lane / 4);
+    const RowPlace& place = places[8 * half + lane / 4];
+    if (t.paired) {
+      store_pairs<T>(g, t, rows, place, half, totals);
+      continue;
+    }
+    const float scale = place.scale, bias = place.bias;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < T::kColumns / 8; ++i)
@@ -531,13 +583,13 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
                       fmaf(totals[4 * i + 2 * half + 1], scale, bias));
     __syncwarp();
     if (woven == 1)
-      store_rows<T, 1>(g, t, rows, place, half, staged);
+      store_rows<T, 1>(g, t, rows, places + 8 * half, staged);
     else if (woven == 2)
-      store_rows<T, 2>(g, t, rows, place, half, staged);
+      store_rows<T, 2>(g, t, rows, places + 8 * half, staged);
     else if (woven == 4)
-      store_rows<T, 4>(g, t, rows, place, half, staged);
+      store_rows<T, 4>(g, t, rows, places + 8 * half, staged);
     else
-      store_rows<T, 0>(g, t, rows, place, half, staged);
+      store_rows<T, 0>(g, t, rows, places + 8 * half, staged);
   }
 }
 
@@ -548,8 +600,9 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
   Header& header = *reinterpret_cast<Header*>(shared);
   const int warp = threadIdx.x / kWarp, group = warp / 4;
   const bool leads = threadIdx.x % kWarp == 0;
-  float* const staged =
-      reinterpret_cast<float*>(shared + memory.staged) + warp * 8 * T::kStagePitch;
+  float* const staged = reinterpret_cast<float*>(
+      shared + memory.staged + warp * GemmSharedMemory::staged_bytes(T::kColumns));
+  RowPlace* const places = reinterpret_cast<RowPlace*>(staged + 8 * T::kStagePitch);
 
   // Warpgroups share a job: each has 64 of the rows, or half of the cells.
   const ptx::Matrix a0 = ptx::matrix(
@@ -567,10 +620,13 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
     released.next(t.weight_stages);
   };
 
-  float sums[T::kColumns / 2], totals[T::kColumns / 2];
+  float totals[T::kColumns / 2];
   for (int index = blockIdx.x; index < t.jobs; index += gridDim.x) {
     const GemmJob job = gemm_job(g, t, index);
-    const RowPlace place = find_row<T>(g, t, operands, job);
+    __syncwarp();
+    if (threadIdx.x % kWarp < 16)
+      places[threadIdx.x % kWarp] = find_row<T>(g, t, operands, job);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < T::kColumns / 2; ++i) totals[i] = 0;
 
@@ -584,6 +640,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
         const int steps = min(t.depth, g.sum_blocks - block) * (end - begin);
         ptx::Matrix b = b0 + source.index * t.depth * t.plane * T::kPlanes;
         for (int step = 0, tap = begin; step < steps;) {
+          float sums[T::kColumns / 2];  // the first instruction does not add to it
           const int promoted = T::kProducts == 3 ? min(steps - step, kPromotedTaps) : steps - step;
 #pragma unroll 1
           for (int i = 0; i < promoted; ++i) {
@@ -611,7 +668,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
         source.next(t.source_stages);
       }
     }
-    store_results<T>(g, t, job, place, operands.result, staged, totals);
+    store_results<T>(g, t, job, places, operands.result, staged, totals);
   }
 }
 
