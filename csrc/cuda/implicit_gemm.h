@@ -158,7 +158,12 @@ struct GemmTile {
   int units;        // blocks of rows in all groups and classes: jobs on the same source tile
   int jobs;
   int source_cells;               // of a tile, with what the taps reach
-  bool paired;                    // two results are always 8 aligned bytes of one row
+  // Results leave through shared memory. Neighbours in memory go as bulk copies of whole rows of
+  // the tile from slots, `woven` phases together, 16 or 8 rows of a warp at a time; woven 0: apart.
+  int woven, staged_rows;
+  int slot, line;                 // floats of a row of the tile, of all its rows
+  int staged_floats;              // of a warp
+  bool paired;                    // two results of a thread are always 8 aligned bytes of a slot
   int depth;                      // blocks of kSumBlock channels in a stage: 1, 2 or 4
   // As they come from memory: by bulk copies, whose rows begin at multiples of 16 bytes, or as the
   // cells lie in the tile.
@@ -166,7 +171,7 @@ struct GemmTile {
   int raw_pitch, raw_cells;       // of a channel, in whole vectors of four
   int plane;                      // cells between planes in shared memory
   int raw_stages, source_stages, weight_stages;
-  Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch;
+  Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_height;
 
   CONVOPS_HOST_DEVICE int raw_bytes() const {  // of a stage, aligned for bulk copies
     return (raw_cells * depth * kSumBlock * 4 + 127) / 128 * 128;
@@ -203,15 +208,12 @@ struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
   // Barriers and the converters' notes come first.
-  static constexpr int kHeader = 2048;
+  static constexpr int kHeader = 2048 + kConsumers * 4 * 16 * 24;
   CONVOPS_HOST_DEVICE static int weight_bytes(int products, int row_tile) {
     return row_tile * kSumBlock * 2 * (products == 3 ? 2 : 1);
   }
-  // Of a warp: eight rows of results, and what it notes of its 16 rows.
-  CONVOPS_HOST_DEVICE static constexpr int staged_bytes(int columns) {
-    return 8 * (columns + kStagePadding) * 4 + 16 * kRowPlaceBytes;
-  }
-  static constexpr int kRowPlaceBytes = 24;
+  // What each consumer warp notes of its 16 rows.
+  static constexpr int kRowPlaces = 2048, kRowPlaceBytes = 24;
   CONVOPS_HOST_DEVICE static int cell_bytes(int products) { return kSumBlock * 2 * (products == 3 ? 2 : 1); }
 
   CONVOPS_HOST_DEVICE GemmSharedMemory(const GemmTile& t, int products) {
@@ -219,7 +221,7 @@ struct GemmSharedMemory {
     raw = weights + t.weight_stages * weight_bytes(products, t.row_tile);
     sources = raw + t.raw_stages * t.raw_bytes();
     staged = sources + t.source_stages * t.depth * t.plane * cell_bytes(products);
-    bytes = staged + kConsumers * 4 * staged_bytes(t.columns);
+    bytes = staged + kConsumers * 4 * t.staged_floats * 4;
   }
 };
 

@@ -11,20 +11,22 @@
 namespace convops::cuda {
 namespace {
 
-constexpr int kMostPairedRows = 4;  // the other way of storing costs less for more
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
 constexpr int kBlocks[] = {1, 2, 4};
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
 constexpr double kStepCycles = 24;        // between taps
+constexpr double kSharedFactor = 1.35;    // of shared memory's bandwidth others need, too
 constexpr double kPromotionCycles = 130;  // of a warpgroup
 constexpr double kConvertCycles = 260;    // a pass of the converters' threads over a stage
 constexpr double kCopyCycles = 250;       // the same where they copy cell by cell
 constexpr double kMixedCopyCycles = 700;  // and several phases of the source mix
 constexpr double kStageCycles = 700;      // of a stage, whatever its size
-constexpr double kStoreBytes = 24;        // a cycle
+constexpr double kSlotCycles = 14;        // of a row of results
+constexpr double kApartCycles = 0.5;      // of a result that goes alone
 constexpr double kJobCycles = 1500;
+constexpr double kOverlap = 0.25;         // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.7e9;           // under load
 constexpr double kBandwidthShare = 0.85;  // of the device's peak
 constexpr double kLaunchSeconds = 9e-6;   // three kernels
@@ -153,8 +155,15 @@ bool choose_stages(GemmTile& t, int products) {
   const int weight_bytes = GemmSharedMemory::weight_bytes(products, t.row_tile);
   t.source_stages = t.raw_stages = 2;
   t.weight_stages = std::clamp(40 * 1024 / weight_bytes, 4, kMaxWeightStages);
+  const auto stage_rows = [&](int rows) {
+    t.staged_rows = rows;
+    t.staged_floats =
+        t.woven ? rows / t.woven * t.line : rows * (t.columns + kStagePadding);
+  };
+  stage_rows(t.woven ? 16 : 8);
   const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
   if (!fits()) t.weight_stages = 4;
+  if (!fits()) stage_rows(8);
   if (!fits()) return false;
   const auto grow = [&](int& stages, int most) {
     while (stages < most) {
@@ -172,12 +181,14 @@ bool choose_stages(GemmTile& t, int products) {
 
 // The tile with `width` cells a row; false if it does not fit.
 bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int depth, bool bulk,
-               GemmTile& t) {
+               bool straddles, GemmTile& t) {
   t.depth = depth;
   t.row_tile = row_tile;
   t.columns = columns;
   const auto& stride = g.result.stride;
-  t.paired = g.w.block == 1 && stride[3] == 1 &&
+  const int block = g.w.block;
+  t.woven = stride[3] == 1 && (block == 1 || block == 2 || block == 4) ? block : 0;
+  t.paired = t.woven == 1 &&
              (stride[0] | stride[1] | stride[2] | g.result.size[3]) % 2 == 0;
   const int round = t.paired ? 1 : 0;  // to even numbers
   t.width = (width + round) & ~round;
@@ -191,15 +202,15 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   t.tile_rows = groups * t.height;
   const int64_t apart = int64_t(g.images) * ceil_divide(g.cells_h, t.tile_rows);
   const int64_t straddling = ceil_divide(straddling_rows, t.tile_rows);
-  t.straddles = straddling < apart;
-  t.paired &= !t.straddles && t.height <= kMostPairedRows;
+  t.straddles = straddles;
+  if (straddles && straddling >= apart) return false;
   t.image_rows = t.straddles ? g.cells_h + g.h.shifts - 1
                              : int(ceil_divide(g.cells_h, t.tile_rows) * t.tile_rows);
   t.tiles_w = int(ceil_divide(g.cells_w, t.width));
   t.tiles_h = int(t.straddles ? straddling : apart);
   t.row_blocks = int(ceil_divide(g.class_rows, row_tile));
   t.units = t.row_blocks * g.row_classes * g.groups;
-  const int64_t jobs = std::min(straddling, apart) * t.tiles_w * t.units;
+  const int64_t jobs = (straddles ? straddling : apart) * t.tiles_w * t.units;
   if (jobs >= kMaxExtent || int64_t(g.images) * t.image_rows >= kMaxExtent) return false;
   t.jobs = int(jobs);
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
@@ -210,6 +221,9 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   t.bulk = bulk && !t.straddles && t.raw_pitch <= kLargestBox && source_rows <= kLargestBox;
   t.raw_cells = source_rows * t.raw_pitch;
   if (!t.bulk) copy_by_cells(t);
+  // Slots of whole vectors, and one for where the row begins.
+  t.slot = int(ceil_divide(t.width * t.woven, 4) + 1) * 4;
+  t.line = int(ceil_divide(t.height * t.slot + 8, 16)) * 16 - 8;  // rows apart from each other's banks
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
@@ -231,6 +245,9 @@ std::vector<int> widths(int cells_w, int columns) {
 
 double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
   const bool mixed = g.sum_classes == 1 && g.h.phases * g.w.phases > 1;
+  // Of both warpgroups: the tensor cores' time, or shared memory's for narrow tiles, whose weights are
+  // read for few cells.
+  const double instruction = std::max(double(t.columns), 2 * kSharedFactor * (16 + t.columns / 4.0));
   double cycles = 0;  // of the units of one tile of cells
   for (int r = 0; r < g.row_classes; ++r) {
     double multiply = 0;
@@ -242,22 +259,24 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
       const double class_stages = double(ceil_divide(g.sum_blocks, t.depth));
       const double promotions = g.products == 3 ? std::ceil(taps * depth / 9) : 1;
       stages += class_stages;
-      multiply += g.sum_blocks * taps * (g.products * t.columns + kStepCycles) +
+      multiply += g.sum_blocks * taps * (g.products * instruction + kStepCycles) +
                   class_stages * promotions * kPromotionCycles;
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / (kConverterWarps * 32));
     const double convert =
         stages * (passes * (kConvertCycles + (t.bulk ? 0 : mixed ? kMixedCopyCycles : kCopyCycles)) + kStageCycles);
     const double rows = double(g.class_rows) / t.row_blocks;
-    const double store = rows * t.width * t.tile_rows * 4 / kStoreBytes;
-    cycles += t.row_blocks * (std::max(multiply, convert) + 0.25 * std::min(multiply, convert) +
-                              0.5 * store + kJobCycles);
+    const double store = t.woven ? rows * t.tile_rows / t.woven * kSlotCycles
+                                 : rows * t.tile_rows * t.width * kApartCycles;
+    cycles += t.row_blocks * (std::max(multiply, convert) + kOverlap * std::min(multiply, convert) +
+                              kOverlap * store + kJobCycles);
   }
   cycles *= g.groups;
   const double mean = cycles / t.units;
   const double waves = std::ceil(double(t.jobs) / device.processors);
-  return std::max(waves * mean / kClock, bytes / (device.bandwidth * kBandwidthShare)) +
-         kLaunchSeconds;
+  const double compute = waves * mean / kClock;
+  const double memory = bytes / (device.bandwidth * kBandwidthShare);
+  return std::max(compute, memory) + kOverlap * std::min(compute, memory) + kLaunchSeconds;
 }
 
 GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
@@ -316,9 +335,10 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
             if (row_tile == 128 && g.class_rows <= 64) continue;
             for (const int columns : kGemmColumns)
               for (const int width : widths(g.cells_w, columns)) {
-                for (int depth = 1; depth <= kMaxDepth; depth *= 2) {
-                  if (depth > 1 && depth >= 2 * g.sum_blocks) break;
-                  if (!make_tile(g, row_tile, columns, width, depth, bulk, t)) break;
+                for (int i = 0; i < 6; ++i) {
+                  const int depth = 1 << i % 3;
+                  if (depth > 1 && depth >= 2 * g.sum_blocks) continue;
+                  if (!make_tile(g, row_tile, columns, width, depth, bulk, i >= 3, t)) continue;
                   const double seconds = estimate(g, t, device, p.bytes());
                   if (seconds >= best.seconds) continue;
                   best = {"", g, t, seconds, {}};
@@ -335,6 +355,7 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
   tile.by_tiles_w = Divisor(tile.tiles_w);
   tile.by_image_rows = Divisor(tile.image_rows);
   tile.by_pitch = Divisor(tile.pitch);
+  tile.by_height = Divisor(tile.height);
   for (GemmTap& tap : best.problem.taps) tap.offset = tap.h * tile.pitch + tap.w;
   best.workspace = lay_out(best.problem, best.tile);
   return best;

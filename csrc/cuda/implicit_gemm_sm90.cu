@@ -202,11 +202,17 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
       place += channel * channel_stride + first.phase_h * g.source.stride[2] +
                first.phase_w * g.source.stride[3];
       const bool inside = exists && unsigned(h) < unsigned(height) && unsigned(w) < unsigned(width);
+      if (!inside) place = source;
+      const int64_t step = inside ? channel_stride : 0;
+      const int channels = g.sums - channel;
 #pragma unroll
       for (int k = 0; k < kSumBlock; ++k) {
-        const bool real = inside && channel + k < g.sums;
-        ptx::copy_float(destination, real ? place : source, real);
-        place += channel_stride;
+        if (k < channels) {
+          ptx::copy_float(destination, place, inside);
+          place += step;
+        } else {
+          ptx::copy_float(destination, source, false);
+        }
         destination += t.raw_cells * 4;
       }
     } else {
@@ -227,16 +233,22 @@ __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(
 // The largest |x| of every channel, as bits: those of NaN and Inf are larger than any number's.
 __device__ __forceinline__ void find_channel_max(Header& header, const GemmTile& t,
                                                  const float* raw, int thread) {
-  for (int k = thread / kWarp; k < t.depth * kSumBlock; k += kConverterWarps) {
-    const float4* channel = reinterpret_cast<const float4*>(raw + k * t.raw_cells);
+  constexpr int kLanes = 8;  // for a channel
+  const int lane = thread % kLanes;
+  for (int k = thread / kLanes; k < t.depth * kSumBlock; k += kConverterThreads / kLanes) {
+    const float4* const channel = reinterpret_cast<const float4*>(raw + k * t.raw_cells);
     uint32_t largest = 0;
-    for (int i = thread % kWarp; i < t.raw_cells / 4; i += kWarp) {
+#pragma unroll 4
+    for (int i = lane; i < t.raw_cells / 4; i += kLanes) {
       const float4 x = channel[i];
       largest = max(max(max(largest, magnitude(x.x)), max(magnitude(x.y), magnitude(x.z))),
                     magnitude(x.w));
     }
-    largest = __reduce_max_sync(~0u, largest);
-    if (thread % kWarp == 0) header.channel_max[k] = largest;
+    static_assert(kSumBlock % (kWarp / kLanes) == 0, "warps stay whole");
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+      largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
+    if (lane == 0) header.channel_max[k] = largest;
   }
 }
 
@@ -430,13 +442,6 @@ struct RowPlace {
 
 static_assert(sizeof(RowPlace) == GemmSharedMemory::kRowPlaceBytes);
 
-// Rows of neighbouring horizontal phases that are stored as one: all of a cell where they are
-// neighbours in memory, too, and few enough for the rows at hand; else 0.
-__device__ __forceinline__ int woven_rows(const GemmProblem& g) {
-  const int block = g.w.block;
-  return g.result.stride[3] == 1 && (block == 1 || block == 2 || block == 4) ? block : 0;
-}
-
 template <typename T>
 __device__ __forceinline__ RowPlace find_row(const GemmProblem& g, const GemmTile& t,
                                              const GemmOperands& operands, const GemmJob& job) {
@@ -452,8 +457,8 @@ __device__ __forceinline__ RowPlace find_row(const GemmProblem& g, const GemmTil
           channel * g.result.stride[1] + where.phase_h * g.result.stride[2] +
               (int64_t(job.column) * g.w.block + where.phase_w) * g.result.stride[3],
           where.phase_h,
-          woven_rows(g) ? min(t.width * g.w.block, left)
-                        : min(t.width, (left + g.w.block - 1) / g.w.block)};
+          t.woven ? min(t.width * g.w.block, left)
+                  : min(t.width, (left + g.w.block - 1) / g.w.block)};
 }
 
 // The rows of cells a warpgroup computes, from the first one's place in its image.
@@ -461,135 +466,158 @@ struct ResultRows {
   int image, row;
   float* first;      // image's row in channel 0, column 0
   int64_t row_step;  // from cell to cell
+  int64_t image_step;  // besides, where the next image begins
+
+
+  __device__ ResultRows(const GemmProblem& g, const GemmTile& t, int tall_row, float* result) {
+    image = t.by_image_rows.quotient(tall_row);
+    row = t.by_image_rows.remainder(tall_row);
+    row_step = g.h.block * g.result.stride[2];
+    first = result + image * g.result.stride[0] + row * row_step;
+    image_step = g.result.stride[0] - t.image_rows * row_step;
+  }
+  // Row r of the tile in the row of `place`; nullptr where it is not in the tensor.
+  __device__ float* find(const GemmProblem& g, const GemmTile& t, const RowPlace& place,
+                         int r) const {
+    float* to = first + place.offset + r * row_step;
+    int in_image = row + r, its_image = image;
+    for (; in_image >= t.image_rows; in_image -= t.image_rows) {
+      ++its_image;
+      to += image_step;
+    }
+    return its_image < g.images && in_image < g.cells_h &&
+                   in_image * g.h.block + place.phase_h < int(g.result.size[2])
+               ? to
+               : nullptr;
+  }
 };
 
-// Writes eight rows from shared memory, `kWoven` of them at a time.
-template <typename T, int kWoven>
-__device__ __forceinline__ void store_rows(const GemmProblem& g, const GemmTile& t,
-                                           const ResultRows& rows, const RowPlace* places,
-                                           const float* staged) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t step = kWoven > 0 ? 1 : g.result.stride[3] * g.w.block;
-  constexpr int kLines = kWoven > 0 ? kWoven : 1;  // rows of a line
-  constexpr int kLinesLog = kLines == 4 ? 2 : kLines - 1;
+// Floats between an address and the multiple of 16 bytes before it.
+__device__ __forceinline__ int misalignment(const float* p) {
+  return int(reinterpret_cast<uintptr_t>(p) / 4 % 4);
+}
+
+// Eight of the warp's rows to slots of shared memory: one for each row of the tile in each line, a
+// line being the rows whose results are woven together. A slot's elements lie as far from a multiple
+// of 16 bytes as they will in the result.
+template <typename T, bool kPaired>
+__device__ __forceinline__ void stage_results(const GemmTile& t, const ResultRows& rows,
+                                              const RowPlace& place, int row, int half,
+                                              float* staged,
+                                              const float (&totals)[T::kColumns / 2]) {
+  constexpr int kGroups = T::kColumns / 8, kBatch = 4;  // groups of eight columns
+  const int woven_log = kPaired ? 0 : t.woven >> 1;     // of 1, 2 and 4
+  const int phase = row & (t.woven - 1);
+  float* const line = staged + (row >> woven_log) * t.line + phase;
+  const int first = misalignment(rows.first + place.offset - phase);
 #pragma unroll 1
-  for (int line = 0; line < 8; line += kLines) {
-    const RowPlace& place = places[line];
-    float* to = rows.first + place.offset;
-    int h = rows.row * g.h.block + place.phase_h;
-    const int count = place.count;
-    const float* values = staged + line * T::kStagePitch;
-    int image = rows.image, row = rows.row;
-#pragma unroll 1
-    for (int r = 0; r < t.height; ++r) {
-      if (image < g.images && row < g.cells_h && h < int(g.result.size[2])) {
-        // Warps write whole sectors of 32 bytes: a partial one costs the memory a read.
-        int i = lane - (kWoven > 0 ? int(reinterpret_cast<uintptr_t>(to) / 4 % 8) : 0);
-        const float* from = values + (i & (kLines - 1)) * T::kStagePitch + (i >> kLinesLog);
-        float* place_i = to + i * step;
-        constexpr int kBatch = 3;
-#pragma unroll 1
-        for (; i < count; i += kBatch * kWarp) {
-          float value[kBatch];
+  for (int r = 0; r < t.height; ++r) {
+    const int begin = r * t.pitch;
+    int skew = first + r * int(rows.row_step & 3);
+    if (t.straddles) skew += t.by_image_rows.quotient(rows.row + r) * int(rows.image_step & 3);
+    const int column = int(threadIdx.x % 4) * 2 - begin;
+    float* const slot = line + r * t.slot + (skew & 3) + (column << woven_log);
 #pragma unroll
-          for (int j = 0; j < kBatch; ++j)
-            if (i + j * kWarp < count && (j > 0 || i >= 0)) value[j] = from[j * kWarp / kLines];
+    for (int batch = 0; batch < kGroups; batch += kBatch) {
+      if (8 * (batch + kBatch) <= begin || 8 * batch >= begin + t.width) continue;
 #pragma unroll
-          for (int j = 0; j < kBatch; ++j)
-            if (i + j * kWarp < count && (j > 0 || i >= 0)) place_i[j * kWarp * step] = value[j];
-          from += kBatch * kWarp / kLines;
-          place_i += kBatch * kWarp * step;
+      for (int i = batch; i < batch + kBatch && i < kGroups; ++i) {
+        const float a = totals[4 * i + 2 * half], b = totals[4 * i + 2 * half + 1];
+        if constexpr (kPaired) {
+          if (unsigned(column + 8 * i) < unsigned(t.width))
+            *reinterpret_cast<float2*>(slot + 8 * i) = make_float2(a, b);
+        } else {
+          if (unsigned(column + 8 * i) < unsigned(t.width)) slot[8 * i << woven_log] = a;
+          if (unsigned(column + 8 * i + 1) < unsigned(t.width)) slot[8 * i + 1 << woven_log] = b;
         }
       }
-      values += t.pitch;
-      to += rows.row_step;
-      h += g.h.block;
-      if (++row == t.image_rows) {
-        row = 0;
-        ++image;
-        to += g.result.stride[0] - t.image_rows * rows.row_step;
-        h -= t.image_rows * g.h.block;
-      }
     }
   }
 }
 
-// Writes eight rows straight from registers where two neighbours are 8 aligned bytes. A group of
-// four lanes has eight neighbours of a row; it passes them round so that they become the 32 bytes
-// of a sector, wherever the row begins: a partial sector costs the memory a read.
+// Every lane sends slots: whole vectors by a bulk copy, which nobody waits for, the rest itself.
+__device__ __forceinline__ void send_slots(const GemmProblem& g, const GemmTile& t,
+                                           const ResultRows& rows, const RowPlace* places,
+                                           int lines, const float* staged) {
+  for (int slot = threadIdx.x % kWarp; slot < lines * t.height; slot += kWarp) {
+    const int line = t.by_height.quotient(slot), r = slot - line * t.height;
+    const RowPlace& place = places[line * t.woven];
+    float* const to = rows.find(g, t, place, r);
+    if (!to) continue;
+    const int skew = misalignment(to), head = min((4 - skew) & 3, place.count);
+    const int vectors = (place.count - head) / 4;
+    const float* const from = staged + line * t.line + r * t.slot + skew;
+    if (vectors > 0) ptx::store_bulk(to + head, from + head, vectors * 16);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (i < head) to[i] = from[i];
+      const int j = head + 4 * vectors + i;
+      if (j < place.count) to[j] = from[j];
+    }
+  }
+}
+
+// Writes eight rows element by element, for results that are no neighbours in memory.
 template <typename T>
-__device__ __forceinline__ void store_pairs(const GemmProblem& g, const GemmTile& t,
-                                            const ResultRows& rows, const RowPlace& place, int half,
-                                            const float (&totals)[T::kColumns / 2]) {
-  const int lane = threadIdx.x % kWarp, quarter = lane % 4;
-  constexpr int kGroups = T::kColumns / 8, kBatch = 4;  // groups of eight columns
-  const float scale = place.scale, bias = place.bias;
-  float* to = rows.first + place.offset;
-  // Rows past the image and those of no phase or channel have nothing to store.
-  const int rows_left = min(
-      t.height, min(g.cells_h - rows.row,
-                    (int(g.result.size[2]) - place.phase_h + g.h.block - 1) / g.h.block - rows.row));
+__device__ __forceinline__ void store_apart(const GemmProblem& g, const GemmTile& t,
+                                            const ResultRows& rows, const RowPlace* places,
+                                            const float* staged) {
+  const int64_t step = g.result.stride[3] * g.w.block;
 #pragma unroll 1
-  for (int r = 0; r < t.height; ++r, to += rows.row_step) {
-    const int begin = r * t.pitch;
-    const int turn = (int(reinterpret_cast<uintptr_t>(to) / 8) - begin / 2) & 3;
-    const int from = (lane & ~3) | ((quarter - turn) & 3);
-    const bool ahead = quarter < 4 - turn;  // what this lane passes on stays in its group
-    const int column = 2 * (quarter - turn) - begin;
-    float* const pair = to + column;
-    const unsigned count = r < rows_left ? place.count : 0;
-#pragma unroll
-    for (int first = 0; first <= kGroups; first += kBatch) {
-      if (8 * (first + kBatch) < begin || 8 * (first - 1) >= begin + t.width) continue;
-#pragma unroll
-      for (int i = first; i < first + kBatch && i <= kGroups; ++i) {
-        const int now = 4 * min(i, kGroups - 1) + 2 * half, last = 4 * max(i - 1, 0) + 2 * half;
-        const float a = __shfl_sync(~0u, ahead ? totals[now] : totals[last], from);
-        const float b = __shfl_sync(~0u, ahead ? totals[now + 1] : totals[last + 1], from);
-        if (unsigned(column + 8 * i) < count)
-          *reinterpret_cast<float2*>(pair + 8 * i) =
-              make_float2(fmaf(a, scale, bias), fmaf(b, scale, bias));
-      }
+  for (int row = 0; row < 8; ++row)
+#pragma unroll 1
+    for (int r = 0; r < t.height; ++r) {
+      float* const to = rows.find(g, t, places[row], r);
+      if (!to) continue;
+      const float* const from = staged + row * T::kStagePitch + r * t.pitch;
+#pragma unroll 1
+      for (int i = threadIdx.x % kWarp; i < places[row].count; i += kWarp) to[i * step] = from[i];
     }
-  }
 }
 
-// Eight rows of a warp's tile at a time go through shared memory, so that a store writes neighbours.
+// The results of a warp's 16 rows, through its part of shared memory.
 template <typename T>
 __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTile& t,
                                               const GemmJob& job, const RowPlace* places,
                                               float* result, float* staged,
-                                              const float (&totals)[T::kColumns / 2]) {
-  const int lane = threadIdx.x % kWarp;
-  const int tall_row =
-      job.row + (T::kRowTile == 128 ? 0 : int(threadIdx.x) / kWarp / 4 * t.height);
-  ResultRows rows{t.by_image_rows.quotient(tall_row), t.by_image_rows.remainder(tall_row), result,
-                  g.h.block * g.result.stride[2]};
-  rows.first += rows.image * g.result.stride[0] + rows.row * rows.row_step;
-  const int woven = woven_rows(g);
+                                              float (&totals)[T::kColumns / 2]) {
+  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp / 4;
+  const ResultRows rows(g, t, job.row + (T::kRowTile == 128 ? 0 : group * t.height), result);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const RowPlace& place = places[8 * half + lane / 4];
-    if (t.paired) {
-      store_pairs<T>(g, t, rows, place, half, totals);
+#pragma unroll
+    for (int i = 0; i < T::kColumns / 4; ++i) {
+      float& total = totals[i / 2 * 4 + 2 * half + i % 2];
+      total = fmaf(total, place.scale, place.bias);
+    }
+    if (!t.woven) {
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < T::kColumns / 8; ++i)
+        *reinterpret_cast<float2*>(&staged[lane / 4 * T::kStagePitch + 8 * i + lane % 4 * 2]) =
+            make_float2(totals[4 * i + 2 * half], totals[4 * i + 2 * half + 1]);
+      __syncwarp();
+      store_apart<T>(g, t, rows, places + 8 * half, staged);
       continue;
     }
-    const float scale = place.scale, bias = place.bias;
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < T::kColumns / 8; ++i)
-      *reinterpret_cast<float2*>(&staged[lane / 4 * T::kStagePitch + 8 * i + lane % 4 * 2]) =
-          make_float2(fmaf(totals[4 * i + 2 * half], scale, bias),
-                      fmaf(totals[4 * i + 2 * half + 1], scale, bias));
-    __syncwarp();
-    if (woven == 1)
-      store_rows<T, 1>(g, t, rows, places + 8 * half, staged);
-    else if (woven == 2)
-      store_rows<T, 2>(g, t, rows, places + 8 * half, staged);
-    else if (woven == 4)
-      store_rows<T, 4>(g, t, rows, places + 8 * half, staged);
+    const bool together = t.staged_rows == 16;  // both halves are sent at once
+    if (half == 0 || !together) {
+      ptx::store_wait_read();  // the last ones have left the slots
+      __syncwarp();
+    }
+    const int row = (together ? 8 * half : 0) + lane / 4;
+    if (t.paired)
+      stage_results<T, true>(t, rows, place, row, half, staged, totals);
     else
-      store_rows<T, 0>(g, t, rows, places + 8 * half, staged);
+      stage_results<T, false>(t, rows, place, row, half, staged, totals);
+    if (half == 1 || !together) {
+      ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+      __syncwarp();
+      send_slots(g, t, rows, together ? places : places + 8 * half, t.staged_rows / t.woven,
+                 staged);
+      ptx::store_commit();
+    }
   }
 }
 
@@ -601,8 +629,9 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
   const int warp = threadIdx.x / kWarp, group = warp / 4;
   const bool leads = threadIdx.x % kWarp == 0;
   float* const staged = reinterpret_cast<float*>(
-      shared + memory.staged + warp * GemmSharedMemory::staged_bytes(T::kColumns));
-  RowPlace* const places = reinterpret_cast<RowPlace*>(staged + 8 * T::kStagePitch);
+      shared + memory.staged + warp * t.staged_floats * 4);
+  RowPlace* const places =
+      reinterpret_cast<RowPlace*>(shared + GemmSharedMemory::kRowPlaces) + warp * 16;
 
   // Warpgroups share a job: each has 64 of the rows, or half of the cells.
   const ptx::Matrix a0 = ptx::matrix(
@@ -670,6 +699,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
     }
     store_results<T>(g, t, job, places, operands.result, staged, totals);
   }
+  ptx::store_wait_read();
 }
 
 // ---- kernel -----------------------------------------------------------------------------------
