@@ -158,9 +158,9 @@ struct GemmTile {
   int units;        // blocks of rows in all groups and classes: jobs on the same source tile
   int jobs;
   int source_cells;               // of a tile, with what the taps reach
-  // Results leave through shared memory. Neighbours in memory go as bulk copies of whole rows of
-  // the tile from slots, `woven` phases together, 16 or 8 rows of a warp at a time; woven 0: apart.
-  int woven, staged_rows;
+  // Results leave through shared memory, eight rows of a warp at a time. Neighbours in memory go as
+  // whole rows of the tile from slots, `woven` phases together; woven 0: each result apart.
+  int woven;
   int slot, line;                 // floats of a row of the tile, of all its rows
   int staged_floats;              // of a warp
   bool paired;                    // two results of a thread are always 8 aligned bytes of a slot

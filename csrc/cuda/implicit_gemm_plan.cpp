@@ -23,7 +23,7 @@ constexpr double kConvertCycles = 260;    // a pass of the converters' threads o
 constexpr double kCopyCycles = 250;       // the same where they copy cell by cell
 constexpr double kMixedCopyCycles = 700;  // and several phases of the source mix
 constexpr double kStageCycles = 700;      // of a stage, whatever its size
-constexpr double kSlotCycles = 14;        // of a row of results
+constexpr double kSlotCycles = 25;        // of a row of results
 constexpr double kApartCycles = 0.5;      // of a result that goes alone
 constexpr double kJobCycles = 1500;
 constexpr double kOverlap = 0.25;         // of the shorter of two things at a time is not hidden
@@ -155,15 +155,9 @@ bool choose_stages(GemmTile& t, int products) {
   const int weight_bytes = GemmSharedMemory::weight_bytes(products, t.row_tile);
   t.source_stages = t.raw_stages = 2;
   t.weight_stages = std::clamp(40 * 1024 / weight_bytes, 4, kMaxWeightStages);
-  const auto stage_rows = [&](int rows) {
-    t.staged_rows = rows;
-    t.staged_floats =
-        t.woven ? rows / t.woven * t.line : rows * (t.columns + kStagePadding);
-  };
-  stage_rows(t.woven ? 16 : 8);
+  t.staged_floats = t.woven ? 8 / t.woven * t.line : 8 * (t.columns + kStagePadding);
   const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
   if (!fits()) t.weight_stages = 4;
-  if (!fits()) stage_rows(8);
   if (!fits()) return false;
   const auto grow = [&](int& stages, int most) {
     while (stages < most) {

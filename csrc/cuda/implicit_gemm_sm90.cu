@@ -535,24 +535,45 @@ __device__ __forceinline__ void stage_results(const GemmTile& t, const ResultRow
   }
 }
 
-// Every lane sends slots: whole vectors by a bulk copy, which nobody waits for, the rest itself.
-__device__ __forceinline__ void send_slots(const GemmProblem& g, const GemmTile& t,
-                                           const ResultRows& rows, const RowPlace* places,
-                                           int lines, const float* staged) {
-  for (int slot = threadIdx.x % kWarp; slot < lines * t.height; slot += kWarp) {
-    const int line = t.by_height.quotient(slot), r = slot - line * t.height;
-    const RowPlace& place = places[line * t.woven];
-    float* const to = rows.find(g, t, place, r);
-    if (!to) continue;
-    const int skew = misalignment(to), head = min((4 - skew) & 3, place.count);
-    const int vectors = (place.count - head) / 4;
-    const float* const from = staged + line * t.line + r * t.slot + skew;
-    if (vectors > 0) ptx::store_bulk(to + head, from + head, vectors * 16);
+// Writes slots to the result: their whole vectors of 16 bytes by all lanes, one slot after another,
+// what is left at the ends by one lane each.
+__device__ __forceinline__ void store_slots(const GemmProblem& g, const GemmTile& t,
+                                            const ResultRows& rows, const RowPlace* places,
+                                            int lines, const float* staged) {
+  const int lane = threadIdx.x % kWarp, slots = lines * t.height;
+  for (int first = 0; first < slots; first += kWarp) {
+    float* to = nullptr;
+    int from = 0, vectors = 0;
+    if (first + lane < slots) {
+      const int line = t.by_height.quotient(first + lane), r = first + lane - line * t.height;
+      const RowPlace& place = places[line * t.woven];
+      to = rows.find(g, t, place, r);
+      if (to) {
+        const int skew = misalignment(to), head = min((4 - skew) & 3, place.count);
+        from = line * t.line + r * t.slot + skew;
+        vectors = (place.count - head) / 4;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      if (i < head) to[i] = from[i];
-      const int j = head + 4 * vectors + i;
-      if (j < place.count) to[j] = from[j];
+        for (int i = 0; i < 3; ++i) {
+          if (i < head) to[i] = staged[from + i];
+          const int j = head + 4 * vectors + i;
+          if (j < place.count) to[j] = staged[from + j];
+        }
+        to += head;
+        from += head;
+      }
+    }
+#pragma unroll 2
+    for (int i = 0; i < min(slots - first, kWarp); ++i) {
+      const int count = __shfl_sync(~0u, vectors, i);
+      const auto* source = reinterpret_cast<const float4*>(staged + __shfl_sync(~0u, from, i));
+      auto* destination = reinterpret_cast<float4*>(
+          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(to), i));
+      float4 a, b;
+      if (lane < count) a = source[lane];
+      if (lane + kWarp < count) b = source[lane + kWarp];
+      if (lane < count) destination[lane] = a;
+      if (lane + kWarp < count) destination[lane + kWarp] = b;
+      for (int j = lane + 2 * kWarp; j < count; j += kWarp) destination[j] = source[j];
     }
   }
 }
@@ -601,23 +622,13 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
       store_apart<T>(g, t, rows, places + 8 * half, staged);
       continue;
     }
-    const bool together = t.staged_rows == 16;  // both halves are sent at once
-    if (half == 0 || !together) {
-      ptx::store_wait_read();  // the last ones have left the slots
-      __syncwarp();
-    }
-    const int row = (together ? 8 * half : 0) + lane / 4;
+    __syncwarp();
     if (t.paired)
-      stage_results<T, true>(t, rows, place, row, half, staged, totals);
+      stage_results<T, true>(t, rows, place, lane / 4, half, staged, totals);
     else
-      stage_results<T, false>(t, rows, place, row, half, staged, totals);
-    if (half == 1 || !together) {
-      ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-      __syncwarp();
-      send_slots(g, t, rows, together ? places : places + 8 * half, t.staged_rows / t.woven,
-                 staged);
-      ptx::store_commit();
-    }
+      stage_results<T, false>(t, rows, place, lane / 4, half, staged, totals);
+    __syncwarp();
+    store_slots(g, t, rows, places + 8 * half, 8 / t.woven, staged);
   }
 }
 
@@ -699,7 +710,6 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
     }
     store_results<T>(g, t, job, places, operands.result, staged, totals);
   }
-  ptx::store_wait_read();
 }
 
 // ---- kernel -----------------------------------------------------------------------------------

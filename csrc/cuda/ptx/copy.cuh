@@ -29,18 +29,6 @@ __device__ __forceinline__ void copy_bulk(void* destination, const void* source,
                              source, bytes, barrier);
 }
 
-// From shared to global memory, both at multiples of 16 bytes; belongs to the thread's group that
-// store_commit closes. store_wait_read: until all its groups have read their sources.
-__device__ __forceinline__ void store_bulk(float* destination, const float* source,
-                                           uint32_t bytes) {
-  ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_global, ::cuda::ptx::space_shared, destination,
-                             source, bytes);
-}
-__device__ __forceinline__ void store_commit() { ::cuda::ptx::cp_async_bulk_commit_group(); }
-__device__ __forceinline__ void store_wait_read() {
-  ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{});
-}
-
 // A box of a four-dimensional tensor, zeros outside of it; place: its first element, innermost
 // dimension first (a multiple of 16 bytes).
 __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap* map,
