@@ -261,6 +261,8 @@ def test_nan_and_inf_stay_where_fp64_has_them(
         return
     grad_output.flatten()[7] = value
     for direction in ("backward_input", "backward_weight"):
+        if algorithm == "implicit_gemm" and direction == "backward_weight":
+            continue  # it has none
         x, w, _, _ = reference.operands(problem, torch.float32, device)
         actual = run(problem, direction, x, w, None, grad_output, algorithm=algorithm)
         expected = reference.compute(problem, direction, x, w, None, grad_output)
@@ -287,7 +289,10 @@ def test_16_bit_results_are_rounded_once(direction: str, device: str) -> None:
 def test_workspace_limit_is_kept(
     problem: Problem, algorithm: str, direction: str, limit: int, device: str
 ) -> None:
-    """Chunks, not refusals, as soon as a row fits; right results in every number of chunks."""
+    """Chunks, not refusals, as soon as a row fits; right results in every number of chunks.
+
+    implicit_gemm needs all its packed weights at once: some 75 000 bytes here.
+    """
     skip_if_missing(algorithm, device)
     tensors = reference.operands(problem, torch.float32, device)
     with conv_ops.settings.workspace_limit(limit):
@@ -372,17 +377,17 @@ def test_current_stream_and_graph_capture(problem: Problem, algorithm: str, dire
 
 
 @needs_cuda
+@pytest.mark.parametrize("algorithm", ["im2col_gemm", "implicit_gemm"])
 @pytest.mark.parametrize("direction", ["forward", "backward_input"])
-def test_tf32_operands_are_rounded_to_nearest(direction: str) -> None:
+def test_tf32_operands_are_rounded_to_nearest(direction: str, algorithm: str) -> None:
     """Cutting bits off instead makes every product of positive numbers too small by about 2^-11."""
     problem = Problem("bias of rounding", 4, 256, 40, 40, 256, (3, 3), padding=(1, 1))
     x, w, _, grad_output = (
         None if t is None else t.abs() for t in reference.operands(problem, torch.float32, "cuda")
     )
     tensors = (x, w, None, grad_output)
-    actual = (
-        run(problem, direction, *tensors, precision="tf32", algorithm="im2col_gemm").double().cpu()
-    )
+    actual = run_or_skip(problem, direction, *tensors, precision="tf32", algorithm=algorithm)
+    actual = actual.double().cpu()
     expected = reference.compute(problem, direction, *tensors)
     assert ((actual - expected) / expected).mean().abs() < 2.0**-14
 

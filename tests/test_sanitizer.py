@@ -15,31 +15,46 @@ SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
 )
 
 PROGRAM = """
-import sys
+import itertools, math, sys
 import reference, torch
 from conv_ops import _C
-from problems import ODD
+from problems import ODD, Problem
 ops = torch.ops.convops
 names = [entry["name"] for entry in _C.algorithms() if entry["device"] == "cuda"]
 algorithms = [name for name in names if name not in sys.argv[1:]]
+# For implicit_gemm, whose code differs with what the source's rows, strides and channels allow.
+dense = [
+    Problem("bulk_copies", 2, 40, 12, 16, 72, (3, 3), padding=(1, 1), bias=True),
+    Problem("odd_rows", 2, 40, 12, 15, 72, (3, 3), padding=(1, 1), bias=True),
+    Problem("pointwise_wide", 2, 64, 8, 12, 136, (1, 1)),
+    Problem("mixed_phases", 2, 24, 13, 14, 40, (3, 3), (2, 2), (1, 1)),
+    Problem("one_phase_at_a_time", 2, 40, 13, 14, 136, (3, 3), (2, 2), (1, 1)),
+    Problem("results_apart", 2, 24, 13, 14, 40, (3, 3), (3, 3), (1, 1)),
+    Problem("tiles_across_images", 150, 16, 7, 7, 24, (3, 3), padding=(1, 1)),
+    Problem("nan", 2, 20, 9, 20, 24, (3, 3), padding=(1, 1), bias=True),
+]
 ran = 0
-for problem in ODD:
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w, bias, dy = reference.operands(problem, dtype, "cuda")
-        window = (list(problem.stride), list(problem.padding_sides), list(problem.dilation))
-        for algorithm in algorithms:
-            options = (*window, problem.groups, "ieee", algorithm)
-            for call in (
-                lambda: ops.conv2d_forward(x, w, bias, *options),
-                lambda: ops.conv2d_backward_input(dy, w, problem.input_size, *options),
-                lambda: ops.conv2d_backward_weight(dy, x, problem.weight_size, [], *options),
-            ):
-                try:
-                    call()
-                    ran += 1
-                except RuntimeError as error:
-                    if "cannot run" not in str(error):
-                        raise
+for problem, dtype in itertools.product(ODD + dense, (torch.float32, torch.bfloat16)):
+    x, w, bias, dy = reference.operands(problem, dtype, "cuda")
+    if problem.name == "nan":  # what fp16 cannot hold is computed again by another kernel
+        x[0, 0, 0, 0] = dy[0, 0, 0, 0] = math.nan
+    window = (list(problem.stride), list(problem.padding_sides), list(problem.dilation))
+    for algorithm, precision in itertools.product(algorithms, ("ieee", "tf32")):
+        # Only implicit_gemm has kernels of its own for TF32.
+        if precision == "tf32" and (algorithm != "implicit_gemm" or dtype != torch.float32):
+            continue
+        options = (*window, problem.groups, precision, algorithm)
+        for call in (
+            lambda: ops.conv2d_forward(x, w, bias, *options),
+            lambda: ops.conv2d_backward_input(dy, w, problem.input_size, *options),
+            lambda: ops.conv2d_backward_weight(dy, x, problem.weight_size, [], *options),
+        ):
+            try:
+                call()
+                ran += 1
+            except RuntimeError as error:
+                if "cannot run" not in str(error):
+                    raise
 torch.cuda.synchronize()
 print("calls:", ran)
 """

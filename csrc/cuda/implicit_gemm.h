@@ -2,16 +2,17 @@
 // the host and passed to every kernel by value.
 //
 // The convolution becomes one dense stride-1 problem on *cells*. A cell is block.h × block.w
-// elements of the result and phases.h × phases.w elements of the source (the tensor read: the input,
-// or grad_output for backward-input):
+// elements of the result and phases.h × phases.w elements of the source (the tensor read: the
+// input, or grad_output for backward-input):
 //
 //   result(row m, cell)  =  Σ over k, taps:  weight(m, k, tap) · source(k, cell + tap)
 //
-//   row m = (phase of the result, result channel)      sum k = (phase of the source, source channel)
+//   row m = (phase of the result, result channel)      sum k = (phase of the source, source
+//   channel)
 //
-// Forward: a cell's side is `block` results and `block · stride` sources. Backward-input of stride s
-// turns round: `block · s` results and `block` sources. So strides cost no arithmetic, blocks fill
-// the tensor cores' rows where channels are few, and no dilated tensor is ever made.
+// Forward: a cell's side is `block` results and `block · stride` sources. Backward-input of stride
+// s turns round: `block · s` results and `block` sources. So strides cost no arithmetic, blocks
+// fill the tensor cores' rows where channels are few, and no dilated tensor is ever made.
 #pragma once
 
 #include <cuda.h>
@@ -31,10 +32,10 @@ inline constexpr int kMaxDepth = 4;
 // Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each.
 inline constexpr int kGemmColumns[] = {64, 96, 128, 160};
 
-inline constexpr int kConsumers = 2;                      // warpgroups that multiply
-inline constexpr int kConverterWarps = 7;                 // and one that streams weights
-inline constexpr int kMaxSharedMemory = 227 * 1024;       // a block of sm_90
-inline constexpr int kStagePadding = 8;                   // floats between staged rows
+inline constexpr int kConsumers = 2;                 // warpgroups that multiply
+inline constexpr int kConverterWarps = 7;            // and one that streams weights
+inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
+inline constexpr int kStagePadding = 8;              // floats between staged rows
 inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 4, kMaxWeightStages = 8;
 
 // Division by a number the host knows: a multiplication (Granlund & Montgomery 1994). Dividends are
@@ -62,10 +63,10 @@ struct Divisor {
 
 // One spatial axis of the problem on cells.
 struct GemmAxis {
-  int block;    // results along a cell
-  int phases;   // sources along a cell
-  int first;    // the smallest shift of a tap, in cells
-  int shifts;   // taps are shifted by first, ..., first + shifts - 1
+  int block;                              // results along a cell
+  int phases;                             // sources along a cell
+  int first;                              // the smallest shift of a tap, in cells
+  int shifts;                             // taps are shifted by first, ..., first + shifts - 1
   int stride, padding, dilation, kernel;  // of the convolution
   bool transposed;                        // backward-input
 
@@ -94,9 +95,11 @@ struct GemmProblem {
   int64_t weight_group_stride, weight_row_stride, weight_sum_stride;
   int64_t weight_h_stride, weight_w_stride;
   int64_t bias_stride;
-  int groups, rows, sums;       // result and source channels of a group
-  int images, cells_h, cells_w; // of the result
-  int products;                 // of fp16 parts a multiplication takes: 3 for ieee, 1 for tf32
+  int groups, rows, sums;        // result and source channels of a group
+  int images, cells_h, cells_w;  // of the result
+  int products;                  // of fp16 parts a multiplication takes: 3 for ieee, 1 for tf32
+  // Scaled so that the largest is 2^14 to 2^15, channels and cells below this lose too many bits.
+  float smallest;
 
   // Rows are ordered (class, phase, channel) so that a tile of rows skips taps which only other
   // phases have: a class is a vertical phase of the result, or all of them.
@@ -141,35 +144,35 @@ CONVOPS_HOST_DEVICE inline GemmSum gemm_sum(const GemmProblem& g, int sum_class,
 }
 
 // How it is cut. The cells of all images lie one below the other, image_rows rows each, of which
-// those past cells_h are computed for nothing; a tile is a window of that tall image. All widths are
-// in cells; rows of a tile lie `pitch` cells apart, and what a tap reads past a row's end is the
-// result of no cell that is kept.
+// those past cells_h are computed for nothing; a tile is a window of that tall image. All widths
+// are in cells; rows of a tile lie `pitch` cells apart, and what a tap reads past a row's end is
+// the result of no cell that is kept.
 struct GemmTile {
-  int row_tile;     // rows of the weight: 128 (64 a warpgroup), or 64, the warpgroups sharing them
-  int columns;      // cells a warpgroup multiplies at once: the N of the instruction
-  int pitch;        // cells between rows of a tile
-  int height;       // rows of a warpgroup's part of a tile
-  int tile_rows;    // rows of the whole tile
-  int width;        // cells of a row that are kept
+  int row_tile;   // rows of the weight: 128 (64 a warpgroup), or 64, the warpgroups sharing them
+  int columns;    // cells a warpgroup multiplies at once: the N of the instruction
+  int pitch;      // cells between rows of a tile
+  int height;     // rows of a warpgroup's part of a tile
+  int tile_rows;  // rows of the whole tile
+  int width;      // cells of a row that are kept
   int image_rows;
-  bool straddles;   // tiles may reach into the next image
+  bool straddles;  // tiles may reach into the next image
   int tiles_h, tiles_w;
-  int row_blocks;   // of a class
-  int units;        // blocks of rows in all groups and classes: jobs on the same source tile
+  int row_blocks;  // of a class
+  int units;       // blocks of rows in all groups and classes: jobs on the same source tile
   int jobs;
-  int source_cells;               // of a tile, with what the taps reach
+  int source_cells;  // of a tile, with what the taps reach
   // Results leave through shared memory, eight rows of a warp at a time. Neighbours in memory go as
   // whole rows of the tile from slots, `woven` phases together; woven 0: each result apart.
   int woven;
-  int slot, line;                 // floats of a row of the tile, of all its rows
-  int staged_floats;              // of a warp
-  bool paired;                    // two results of a thread are always 8 aligned bytes of a slot
-  int depth;                      // blocks of kSumBlock channels in a stage: 1, 2 or 4
+  int slot, line;     // floats of a row of the tile, of all its rows
+  int staged_floats;  // of a warp
+  bool paired;        // two results of a thread are always 8 aligned bytes of a slot
+  int depth;          // blocks of kSumBlock channels in a stage: 1, 2 or 4
   // As they come from memory: by bulk copies, whose rows begin at multiples of 16 bytes, or as the
   // cells lie in the tile.
   bool bulk;
-  int raw_pitch, raw_cells;       // of a channel, in whole vectors of four
-  int plane;                      // cells between planes in shared memory
+  int raw_pitch, raw_cells;  // of a channel, in whole vectors of four
+  int plane;                 // cells between planes in shared memory
   int raw_stages, source_stages, weight_stages;
   Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_height;
 
@@ -214,7 +217,9 @@ struct GemmSharedMemory {
   }
   // What each consumer warp notes of its 16 rows.
   static constexpr int kRowPlaces = 2048, kRowPlaceBytes = 24;
-  CONVOPS_HOST_DEVICE static int cell_bytes(int products) { return kSumBlock * 2 * (products == 3 ? 2 : 1); }
+  CONVOPS_HOST_DEVICE static int cell_bytes(int products) {
+    return kSumBlock * 2 * (products == 3 ? 2 : 1);
+  }
 
   CONVOPS_HOST_DEVICE GemmSharedMemory(const GemmTile& t, int products) {
     weights = kHeader;

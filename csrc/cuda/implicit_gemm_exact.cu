@@ -99,9 +99,11 @@ __device__ __forceinline__ void compute(const GemmProblem& g, const GemmTile& t,
     for (int kw = 0; kw < g.w.kernel; ++kw) {
       const int source_h = source_index(g.h, h, kh, int(source.size[2]));
       const int source_w = source_index(g.w, w, kw, int(source.size[3]));
-      // Outside is skipped, not zero: zero times an infinite weight would be NaN.
       const bool inside = valid && source_h >= 0 && source_w >= 0;
-      if (!__syncthreads_or(inside)) continue;
+      // Padding is zeros that are multiplied: times an infinite weight they are NaN. A gradient has
+      // no products outside.
+      const bool counts = g.h.transposed ? inside : valid;
+      if (!__syncthreads_or(counts)) continue;
       const float* from = image_source + source_h * source.stride[2] + source_w * source.stride[3];
       const float* tap_weight = weight + kh * g.weight_h_stride + kw * g.weight_w_stride;
       for (int k0 = 0; k0 < g.sums; k0 += kSums) {
@@ -116,7 +118,7 @@ __device__ __forceinline__ void compute(const GemmProblem& g, const GemmTile& t,
         __syncthreads();
         weights[staged_sum][staged_row] = own;
         __syncthreads();
-        if (!inside) continue;
+        if (!counts) continue;
 #pragma unroll
         for (int k = 0; k < kSums; ++k) {
           if (k == count) break;

@@ -16,20 +16,19 @@ constexpr int kBlocks[] = {1, 2, 4};
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 24;        // between taps
-constexpr double kSharedFactor = 1.35;    // of shared memory's bandwidth others need, too
-constexpr double kPromotionCycles = 130;  // of a warpgroup
-constexpr double kConvertCycles = 260;    // a pass of the converters' threads over a stage
-constexpr double kCopyCycles = 250;       // the same where they copy cell by cell
-constexpr double kMixedCopyCycles = 700;  // and several phases of the source mix
-constexpr double kStageCycles = 700;      // of a stage, whatever its size
-constexpr double kSlotCycles = 25;        // of a row of results
-constexpr double kApartCycles = 0.5;      // of a result that goes alone
-constexpr double kJobCycles = 1500;
-constexpr double kOverlap = 0.25;         // of the shorter of two things at a time is not hidden
-constexpr double kClock = 1.7e9;           // under load
+constexpr double kStepCycles = 80;         // between taps
+constexpr double kSharedFactor = 1.35;     // of shared memory's bandwidth others need, too
+constexpr double kConvertCycles = 50;      // a pass of the converters' threads over a stage
+constexpr double kCopyCycles = 1500;       // the same where they copy cell by cell
+constexpr double kMixedCopyCycles = 2800;  // and several phases of the source mix
+constexpr double kStageCycles = 2200;      // of a stage, whatever its size
+constexpr double kSlotCycles = 22;         // of a row of results
+constexpr double kApartCycles = 0.5;       // of a result that goes alone
+constexpr double kJobCycles = 1400;
+constexpr double kOverlap = 0.3;          // of the shorter of two things at a time is not hidden
+constexpr double kClock = 1.7e9;          // under load
 constexpr double kBandwidthShare = 0.85;  // of the device's peak
-constexpr double kLaunchSeconds = 9e-6;   // three kernels
+constexpr double kLaunchSeconds = 45e-6;  // three kernels
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
@@ -66,6 +65,15 @@ bool connected(const GemmAxis& axis, int q_begin, int q_end, int p_begin, int p_
     for (int p = p_begin; p < p_end; ++p)
       if (axis.tap(q, p, shift + axis.first) >= 0) return true;
   return false;
+}
+
+// fp16 parts resolve 2^-25. What that makes of a sum of elements this small, each of them off by as
+// much, stays within 1.5 · sqrt(length) units of the precision, relative to their magnitudes. It is
+// held against the largest of a channel or cell; with one product there is room for elements a
+// thousand times smaller than that.
+float smallest_element(int products, int64_t length) {
+  const double unit = products == 3 ? 0x1p-24 : 0x1p-11, room = products == 3 ? 1 : 1024;
+  return float(0x1p-25 * room / (1.5 * unit * std::sqrt(double(length))));
 }
 
 // Fills the lists of taps; false where they are too long.
@@ -133,6 +141,7 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   g.cells_h = int(ceil_divide(g.result.size[2], g.h.block));
   g.cells_w = int(ceil_divide(g.result.size[3], g.w.block));
   g.products = p.precision == Precision::kIeee ? 3 : 1;
+  g.smallest = smallest_element(g.products, g.sums * p.kernel().h * p.kernel().w);
   const int phases = g.h.phases * g.w.phases;
   if (row_classes && g.h.block > kMaxClasses) return false;
   if (sum_classes && phases > kMaxClasses) return false;
@@ -182,8 +191,7 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   const auto& stride = g.result.stride;
   const int block = g.w.block;
   t.woven = stride[3] == 1 && (block == 1 || block == 2 || block == 4) ? block : 0;
-  t.paired = t.woven == 1 &&
-             (stride[0] | stride[1] | stride[2] | g.result.size[3]) % 2 == 0;
+  t.paired = t.woven == 1 && (stride[0] | stride[1] | stride[2] | g.result.size[3]) % 2 == 0;
   const int round = t.paired ? 1 : 0;  // to even numbers
   t.width = (width + round) & ~round;
   t.pitch = (t.width + g.w.shifts - 1 + round) & ~round;
@@ -217,7 +225,8 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   if (!t.bulk) copy_by_cells(t);
   // Slots of whole vectors, and one for where the row begins.
   t.slot = int(ceil_divide(t.width * t.woven, 4) + 1) * 4;
-  t.line = int(ceil_divide(t.height * t.slot + 8, 16)) * 16 - 8;  // rows apart from each other's banks
+  t.line =
+      int(ceil_divide(t.height * t.slot + 8, 16)) * 16 - 8;  // rows apart from each other's banks
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
@@ -239,9 +248,10 @@ std::vector<int> widths(int cells_w, int columns) {
 
 double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
   const bool mixed = g.sum_classes == 1 && g.h.phases * g.w.phases > 1;
-  // Of both warpgroups: the tensor cores' time, or shared memory's for narrow tiles, whose weights are
-  // read for few cells.
-  const double instruction = std::max(double(t.columns), 2 * kSharedFactor * (16 + t.columns / 4.0));
+  // Of both warpgroups: the tensor cores' time, or shared memory's for narrow tiles, whose weights
+  // are read for few cells.
+  const double instruction =
+      std::max(double(t.columns), 2 * kSharedFactor * (16 + t.columns / 4.0));
   double cycles = 0;  // of the units of one tile of cells
   for (int r = 0; r < g.row_classes; ++r) {
     double multiply = 0;
@@ -249,21 +259,19 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
     for (int s = 0; s < g.sum_classes; ++s) {
       const int taps = g.tap_count(r, s);
       if (taps == 0) continue;
-      const double depth = std::min(t.depth, g.sum_blocks);
-      const double class_stages = double(ceil_divide(g.sum_blocks, t.depth));
-      const double promotions = g.products == 3 ? std::ceil(taps * depth / 9) : 1;
-      stages += class_stages;
-      multiply += g.sum_blocks * taps * (g.products * instruction + kStepCycles) +
-                  class_stages * promotions * kPromotionCycles;
+      stages += double(ceil_divide(g.sum_blocks, t.depth));
+      multiply += g.sum_blocks * taps * (g.products * instruction + kStepCycles);
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / (kConverterWarps * 32));
-    const double convert =
-        stages * (passes * (kConvertCycles + (t.bulk ? 0 : mixed ? kMixedCopyCycles : kCopyCycles)) + kStageCycles);
+    const double convert = stages * (passes * (kConvertCycles + (t.bulk  ? 0
+                                                                 : mixed ? kMixedCopyCycles
+                                                                         : kCopyCycles)) +
+                                     kStageCycles);
     const double rows = double(g.class_rows) / t.row_blocks;
-    const double store = t.woven ? rows * t.tile_rows / t.woven * kSlotCycles
-                                 : rows * t.tile_rows * t.width * kApartCycles;
+    const double store =
+        rows * t.tile_rows * (t.woven ? kSlotCycles / t.woven : t.width * kApartCycles);
     cycles += t.row_blocks * (std::max(multiply, convert) + kOverlap * std::min(multiply, convert) +
-                              kOverlap * store + kJobCycles);
+                              store + kJobCycles);
   }
   cycles *= g.groups;
   const double mean = cycles / t.units;
@@ -304,12 +312,14 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
     if (std::max(std::abs(side.h), std::abs(side.w)) >= 1 << 15)
       best.reason = "a stride, dilation or padding of 2^15 or more";
   if (p.groups > 65535) best.reason = "more than 65535 groups";
-  if (!best.reason.empty()) return best;
-
-  best.reason = "no tile of its cells fits shared memory";
   const bool forward = p.direction == Direction::kForward;
   const int64_t rows = forward ? p.group_out_channels() : p.group_in_channels();
   const int64_t sums = forward ? p.group_in_channels() : p.group_out_channels();
+  if (sums * p.kernel().h * p.kernel().w < kSumBlock)
+    best.reason = "sums of fewer than 16 products: too few for an instruction and its error";
+  if (!best.reason.empty()) return best;
+
+  best.reason = "no tile of its cells fits shared memory";
   GemmProblem g;
   GemmTile t;
   for (const int block_h : kBlocks)
@@ -319,27 +329,29 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
           sums * block_h * block_w > kFewSums)
         continue;
       for (const bool row_classes : {false, true})
-        for (const bool sum_classes : {false, true}) for (const bool join : {false, true}) {
-          const int stride_h = int(p.stride.h), stride_w = int(p.stride.w);
-          if (row_classes && (forward ? block_h : block_h * stride_h) == 1) continue;
-          if (sum_classes && block_h * block_w * (forward ? stride_h * stride_w : 1) == 1) continue;
-          if (!describe(p, block_h, block_w, row_classes, sum_classes, join, g)) continue;
-          const bool bulk = can_copy_bulk(g);
-          for (const int row_tile : {64, 128}) {
-            if (row_tile == 128 && g.class_rows <= 64) continue;
-            for (const int columns : kGemmColumns)
-              for (const int width : widths(g.cells_w, columns)) {
-                for (int i = 0; i < 6; ++i) {
-                  const int depth = 1 << i % 3;
-                  if (depth > 1 && depth >= 2 * g.sum_blocks) continue;
-                  if (!make_tile(g, row_tile, columns, width, depth, bulk, i >= 3, t)) continue;
-                  const double seconds = estimate(g, t, device, p.bytes());
-                  if (seconds >= best.seconds) continue;
-                  best = {"", g, t, seconds, {}};
+        for (const bool sum_classes : {false, true})
+          for (const bool join : {false, true}) {
+            const int stride_h = int(p.stride.h), stride_w = int(p.stride.w);
+            if (row_classes && (forward ? block_h : block_h * stride_h) == 1) continue;
+            if (sum_classes && block_h * block_w * (forward ? stride_h * stride_w : 1) == 1)
+              continue;
+            if (!describe(p, block_h, block_w, row_classes, sum_classes, join, g)) continue;
+            const bool bulk = can_copy_bulk(g);
+            for (const int row_tile : {64, 128}) {
+              if (row_tile == 128 && g.class_rows <= 64) continue;
+              for (const int columns : kGemmColumns)
+                for (const int width : widths(g.cells_w, columns)) {
+                  for (int i = 0; i < 6; ++i) {
+                    const int depth = 1 << i % 3;
+                    if (depth > 1 && depth >= 2 * g.sum_blocks) continue;
+                    if (!make_tile(g, row_tile, columns, width, depth, bulk, i >= 3, t)) continue;
+                    const double seconds = estimate(g, t, device, p.bytes());
+                    if (seconds >= best.seconds) continue;
+                    best = {"", g, t, seconds, {}};
+                  }
                 }
-              }
+            }
           }
-        }
     }
   if (!best.reason.empty()) return best;
   GemmTile& tile = best.tile;

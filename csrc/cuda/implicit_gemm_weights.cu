@@ -1,5 +1,6 @@
 // The weights of implicit_gemm as its main kernel streams them. A block of threads packs one result
-// channel: finds its largest weight, scales by a power of two, rounds or splits into fp16 and writes
+// channel: finds its largest weight, scales by a power of two, rounds or splits into fp16 and
+// writes
 //
 //   packed[unit][sum class][sum block][tap][plane of 8 channels][row][8 halves]
 //
@@ -16,9 +17,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kLargestExponent = 14, kBias = 127;  // of fp16's range, as in the source stages
-// Below this share of a row's largest weight a channel's weights lose bits they should have.
-constexpr uint32_t kIeeeExponents = 20, kTf32Exponents = 28;
-// Random weights have a few such channels, which do no harm; many are no accident.
+// Random weights have a few channels below GemmProblem::smallest, which do no harm; many are no
+// accident.
 constexpr int kRareChannels = 64;  // one in so many
 
 struct RowScale {
@@ -38,12 +38,15 @@ __device__ RowScale choose_scale(uint32_t largest) {
 // Bits of the largest |w| of a channel of the sum.
 __device__ uint32_t channel_max(const GemmProblem& g, const float* weight, int k) {
   uint32_t largest = 0;
+#pragma unroll 4
   for (int h = 0; h < g.h.kernel; ++h)
+#pragma unroll 4
     for (int w = 0; w < g.w.kernel; ++w)
-      largest = max(largest, __float_as_uint(weight[k * g.weight_sum_stride +
-                                                    h * g.weight_h_stride +
-                                                    w * g.weight_w_stride]) &
-                                 0x7fffffff);
+      largest =
+          max(largest,
+              __float_as_uint(
+                  weight[k * g.weight_sum_stride + h * g.weight_h_stride + w * g.weight_w_stride]) &
+                  0x7fffffff);
   return largest;
 }
 
@@ -59,12 +62,12 @@ __device__ RowScale find_scale(const GemmProblem& g, const float* weight) {
   for (const uint32_t other : warps) largest = max(largest, other);
   RowScale scale = choose_scale(largest);
 
-  const uint32_t span = (g.products == 3 ? kIeeeExponents : kTf32Exponents) << 23;
   int tiny = 0;
   for (int first = 0; first < g.sums; first += kThreads) {
     const int k = first + threadIdx.x;
     const uint32_t channel = k < g.sums ? channel_max(g, weight, k) : 0;
-    tiny += __syncthreads_count(channel > 0 && scale.fits && channel < largest - span);
+    const float scaled = __uint_as_float(channel) * scale.factor;
+    tiny += __syncthreads_count(channel > 0 && scaled < g.smallest);
   }
   scale.fits &= tiny * kRareChannels <= g.sums;
   return scale;
@@ -72,9 +75,10 @@ __device__ RowScale find_scale(const GemmProblem& g, const float* weight) {
 
 // Eight channels of the sum from k on, at a tap, for a row: high parts and what they leave.
 __device__ void pack_eight(const GemmProblem& g, const float* weight, const GemmRow& row,
-                           int sum_class, int k, const GemmTap& tap, float factor, __half2 (&high)[4],
-                           __half2 (&low)[4]) {
+                           int sum_class, int k, const GemmTap& tap, float factor,
+                           __half2 (&high)[4], __half2 (&low)[4]) {
   float values[8];
+#pragma unroll
   for (int i = 0; i < 8; ++i) {
     values[i] = 0;
     if (k + i >= g.class_sums) continue;
@@ -82,8 +86,9 @@ __device__ void pack_eight(const GemmProblem& g, const float* weight, const Gemm
     const int h = g.h.tap(row.phase_h, sum.phase_h, tap.h + g.h.first);
     const int w = g.w.tap(row.phase_w, sum.phase_w, tap.w + g.w.first);
     if (h >= 0 && w >= 0)
-      values[i] = factor * weight[sum.channel * g.weight_sum_stride + h * g.weight_h_stride +
-                                  w * g.weight_w_stride];
+      values[i] =
+          factor *
+          weight[sum.channel * g.weight_sum_stride + h * g.weight_h_stride + w * g.weight_w_stride];
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -142,7 +147,8 @@ __global__ void __launch_bounds__(kThreads)
 
 void pack_weights(const GemmProblem& g, const GemmTile& t, const GemmOperands& operands,
                   void* stream) {
-  pack_weights_kernel<<<dim3(g.rows, g.groups), kThreads, 0, cudaStream_t(stream)>>>(g, t, operands);
+  pack_weights_kernel<<<dim3(g.rows, g.groups), kThreads, 0, cudaStream_t(stream)>>>(g, t,
+                                                                                     operands);
   CONVOPS_LAUNCH_CHECK("implicit_gemm weights");
 }
 

@@ -6,9 +6,9 @@
 
 namespace convops::cuda::ptx {
 
-// An operand in shared memory, K-major without swizzle: rows of 8 halves (16 bytes), 16 bytes apart;
-// a row's second 8 lie `plane` bytes after its first. Of the descriptor's two words only the lower
-// depends on it; adding i to that moves the operand by i rows.
+// An operand in shared memory, K-major without swizzle: rows of 8 halves (16 bytes), 16 bytes
+// apart; a row's second 8 lie `plane` bytes after its first. Of the descriptor's two words only the
+// lower depends on it; adding i to that moves the operand by i rows.
 struct Matrix {
   uint32_t low;
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Registers are named one by one in PTX: eight a line.
-#define CONVOPS_D(i)                                                                            \
+#define CONVOPS_D(i)                                                                              \
   "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]), \
       "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
 #define CONVOPS_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -49,27 +49,24 @@ __device__ __forceinline__ void wgmma_wait() {
 #define CONVOPS_R7 CONVOPS_R6 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define CONVOPS_R8 CONVOPS_R7 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define CONVOPS_R9 CONVOPS_R8 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define CONVOPS_R10 CONVOPS_R9 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define CONVOPS_D3 CONVOPS_D(0), CONVOPS_D(1), CONVOPS_D(2), CONVOPS_D(3)
 #define CONVOPS_D5 CONVOPS_D3, CONVOPS_D(4), CONVOPS_D(5)
 #define CONVOPS_D7 CONVOPS_D5, CONVOPS_D(6), CONVOPS_D(7)
 #define CONVOPS_D9 CONVOPS_D7, CONVOPS_D(8), CONVOPS_D(9)
-#define CONVOPS_D10 CONVOPS_D9, CONVOPS_D(10)
 
 // `accumulate` 0 starts a sum: D = A · B. Operand numbers follow the N / 2 registers.
-#define CONVOPS_WGMMA(n, registers, outputs, a_number, b_number, accumulate_number)            \
-  __device__ __forceinline__ void wgmma(float(&d)[n / 2], Matrix a, Matrix b, int accumulate) {                                    \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                         \
-                 ", 0;\n"                                                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" registers "}, "    \
-                 a_number ", " b_number ", p, 1, 1, 0, 0;\n}\n"                                \
-                 : outputs                                                                     \
-                 : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                                           \
+#define CONVOPS_WGMMA(n, registers, outputs, a_number, b_number, accumulate_number)              \
+  __device__ __forceinline__ void wgmma(float (&d)[n / 2], Matrix a, Matrix b, int accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                           \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" registers            \
+                 "}, " a_number ", " b_number ", p, 1, 1, 0, 0;\n}\n"                            \
+                 : outputs                                                                       \
+                 : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                   \
   }
 CONVOPS_WGMMA(64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34")
 CONVOPS_WGMMA(96, CONVOPS_R5, CONVOPS_D5, "%48", "%49", "%50")
 CONVOPS_WGMMA(128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66")
 CONVOPS_WGMMA(160, CONVOPS_R9, CONVOPS_D9, "%80", "%81", "%82")
-CONVOPS_WGMMA(176, CONVOPS_R10, CONVOPS_D10, "%88", "%89", "%90")
 
 }  // namespace convops::cuda::ptx
