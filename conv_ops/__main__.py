@@ -107,8 +107,9 @@ def _check(device: str, algorithm: str, dtype: torch.dtype) -> str:
     errors = []
     try:
         for sizes, weight_sizes, arguments in _CASES:
-            if _can_run(device, algorithm, dtype, sizes, weight_sizes, arguments):
-                errors += _errors(device, algorithm, dtype, sizes, weight_sizes, arguments)
+            case = (device, algorithm, dtype, sizes, weight_sizes, arguments)
+            if "forward" in (directions := _directions(*case)):
+                errors += _errors(*case, directions)
     except Exception as error:  # whatever it is, the report goes on
         return f"FAILED: {error}"
     if not errors:
@@ -119,24 +120,25 @@ def _check(device: str, algorithm: str, dtype: torch.dtype) -> str:
     return f"{verdict}, relative error {worst:.1e} (bound {bound:.1e})"
 
 
-def _can_run(
+def _directions(
     device: str,
     algorithm: str,
     dtype: torch.dtype,
     sizes: tuple[int, ...],
     weight_sizes: tuple[int, ...],
     arguments: dict[str, Any],
-) -> bool:
+) -> list[str]:
+    """The directions that the algorithm takes the case in."""
     input = torch.empty(sizes, dtype=dtype, device=device)
     weight = torch.empty(weight_sizes, dtype=dtype, device=device)
-    return all(
-        candidate.can_run
+    return [
+        direction
         for direction in ("forward", "backward_input", "backward_weight")
         for candidate in examine(
             input, weight, **arguments, direction=direction, precision="ieee"
         ).candidates
-        if candidate.algorithm == algorithm
-    )
+        if candidate.algorithm == algorithm and candidate.can_run
+    ]
 
 
 def _errors(
@@ -146,6 +148,7 @@ def _errors(
     sizes: tuple[int, ...],
     weight_sizes: tuple[int, ...],
     arguments: dict[str, Any],
+    directions: list[str],
 ) -> list[float]:
     """The largest errors of output and gradients, each relative to the largest value."""
     generator = torch.Generator().manual_seed(0)
@@ -154,17 +157,26 @@ def _errors(
         return torch.randn(size, generator=generator).to(dtype)
 
     operands = [random(*sizes), random(*weight_sizes), random(weight_sizes[0])]
-    exact = [each.double().requires_grad_() for each in operands]
-    ours = [each.to(device).requires_grad_() for each in operands]
+    wanted = ["backward_input" in directions, "backward_weight" in directions, True]  # and bias
+    exact = [
+        each.double().requires_grad_(want) for each, want in zip(operands, wanted, strict=True)
+    ]
+    ours = [
+        each.to(device).requires_grad_(want) for each, want in zip(operands, wanted, strict=True)
+    ]
     expected = F.conv2d(*exact, **arguments)
     actual = conv_ops.conv2d(*ours, **arguments, precision="ieee", algorithm=algorithm)
     upstream = random(*expected.shape)
-    results = [actual, *torch.autograd.grad(actual, ours, upstream.to(device))]
-    references = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
+    results = [actual, *_gradients(actual, ours, upstream.to(device))]
+    references = [expected, *_gradients(expected, exact, upstream.double())]
     return [
         ((result.double().cpu() - reference).abs().max() / reference.abs().max()).item()
         for result, reference in zip(results, references, strict=True)
     ]
+
+
+def _gradients(output: Tensor, operands: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, [each for each in operands if each.requires_grad], upstream)
 
 
 if __name__ == "__main__":
