@@ -17,7 +17,7 @@
 // of two for each source stage, from its largest element, and one for each row of the weight. The
 // tensor core adds with 25 bits and cuts the rest off, so after at most kPromotedTaps taps its sums
 // are added to float32 registers, where the stage's scale comes out again. Data that one scale does
-// not fit (and NaN and Inf) mark the job; implicit_gemm_exact.cu computes it again.
+// not fit (and NaN and Inf) mark the job; implicit_gemm_exact_sm90.cu computes it again.
 #include <cuda_runtime.h>
 
 #include <iterator>
