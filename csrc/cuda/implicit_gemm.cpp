@@ -57,15 +57,18 @@ class ImplicitGemm final : public Algorithm {
         static_cast<float*>(forward ? operands.output : operands.input),
         workspace + plan->workspace.packed_weights,
         reinterpret_cast<float*>(workspace + plan->workspace.row_scales),
-        workspace + plan->workspace.bad_rows,
         workspace + plan->workspace.bad_jobs,
+        {},
         {},
     };
     GemmTile tile = plan->tile;
     if (tile.bulk && reinterpret_cast<uintptr_t>(gemm.source) % kBulkAlignment != 0)
       copy_by_cells(tile);
-    tile.paired &= reinterpret_cast<uintptr_t>(gemm.result) % sizeof(float2) == 0;
+    const auto result_address = reinterpret_cast<uintptr_t>(gemm.result);
+    tile.paired &= result_address % sizeof(float2) == 0;
+    tile.boxed &= result_address % kBulkAlignment == 0;
     if (tile.bulk) gemm.source_map = make_source_map(plan->problem, tile, gemm.source);
+    if (tile.boxed) make_result_maps(plan->problem, tile, gemm.result, gemm.result_maps);
     const int processors = execution.device->processors;
     pack_weights(plan->problem, tile, gemm, execution.stream);
     multiply_sm90(plan->problem, tile, gemm, processors, execution.stream);

@@ -30,28 +30,35 @@ inline constexpr int kMaxClasses = 16;
 inline constexpr int kMaxDepth = 4;
 
 // Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each.
-inline constexpr int kGemmColumns[] = {64, 96, 128, 160};
+inline constexpr int kGemmColumns[] = {96, 128, 152, 160};
 
 inline constexpr int kConsumers = 2;                 // warpgroups that multiply
 inline constexpr int kConverterWarps = 7;            // and one that streams weights
 inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
-inline constexpr int kStagePadding = 8;              // floats between staged rows
-inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 4, kMaxWeightStages = 8;
+inline constexpr int kMaxKinds = 8;                  // of rows times channels of the result
+inline constexpr int kWeightStageBytes = 8192;         // one to four steps
+inline constexpr int kMaxRawStages = 4;
+inline constexpr int kMaxSourceStages = 4, kMaxWeightStages = 8;
+
+// Floats between staged rows: an odd multiple of 8, against bank conflicts.
+constexpr int gemm_stage_pitch(int columns) { return columns / 16 * 16 + 24; }
 
 // Division by a number the host knows: a multiplication (Granlund & Montgomery 1994). Dividends are
-// below 2^31.
+// below 2^31. By 1 it has no such multiplication, and a branch for that would cost a predicate, of
+// which the kernels have few: then `whole` lets all bits of the dividend pass.
 struct Divisor {
-  unsigned value = 1, magic = 0, shift = 0;
+  unsigned value = 1, magic = 0, shift = 0, whole = ~0u;
 
   Divisor() = default;
   explicit Divisor(int64_t divisor) : value(unsigned(divisor)) {
     if (value == 1) return;
+    whole = 0;
     while ((int64_t{1} << (shift + 1)) < divisor) ++shift;  // floor of log2(divisor - 1)
     magic = unsigned(((int64_t{1} << (32 + shift)) + value - 1) / value);
   }
   CONVOPS_HOST_DEVICE int quotient(int dividend) const {
 #ifdef __CUDA_ARCH__
-    return value == 1 ? dividend : int(__umulhi(unsigned(dividend), magic) >> shift);
+    return int(__umulhi(unsigned(dividend), magic) >> shift | (unsigned(dividend) & whole));
 #else
     return dividend / int(value);
 #endif
@@ -154,6 +161,7 @@ struct GemmTile {
   int height;     // rows of a warpgroup's part of a tile
   int tile_rows;  // rows of the whole tile
   int width;      // cells of a row that are kept
+  int step;       // cells from a tile to the next in the row
   int image_rows;
   bool straddles;  // tiles may reach into the next image
   int tiles_h, tiles_w;
@@ -161,24 +169,36 @@ struct GemmTile {
   int units;       // blocks of rows in all groups and classes: jobs on the same source tile
   int jobs;
   int source_cells;  // of a tile, with what the taps reach
-  // Results leave through shared memory, eight rows of a warp at a time. Neighbours in memory go as
-  // whole rows of the tile from slots, `woven` phases together; woven 0: each result apart.
-  int woven;
+  // Results leave through shared memory, eight rows of a warp at a time, if they are neighbours in
+  // memory; 2^woven_log horizontal phases are woven together.
+  bool neighbours;
+  int woven_log;
+  // Results by which neighbouring tiles overlap, less than a sector of memory (8 floats): each row's
+  // border is put where a sector begins. All rows begin at multiples of 8 - overlap.
+  int overlap;
+  // In boxes: rows of the result are of as many kinds as there are places in a sector where they
+  // begin, so are channels, and for every pair of kinds there is a map of the tensor whose rows all
+  // begin at a border.
+  bool boxed;
+  int row_kinds_log, channel_kinds_log;
+  int box_width, box_floats;  // of a channel's results, of a box in shared memory
+  bool has_edges;             // results that are in no box
+  // In lines: a row of the tile, or those that follow each other in an image, are a run.
+  bool joined;        // the tile's rows follow each other in an image of the result
+  int runs;           // at most so many are in a row of the weight
   int slot, line;     // floats of a row of the tile, of all its rows
-  int staged_floats;  // of a warp
-  bool paired;        // two results of a thread are always 8 aligned bytes of a slot
+  int staged_floats;  // of eight rows
+  int staged_halves;  // of a warp's 16 rows, each with its own memory
+  bool paired;        // two results of a thread are always 8 aligned bytes there
   int depth;          // blocks of kSumBlock channels in a stage: 1, 2 or 4
   // As they come from memory: by bulk copies, whose rows begin at multiples of 16 bytes, or as the
   // cells lie in the tile.
   bool bulk;
   int raw_pitch, raw_cells;  // of a channel, in whole vectors of four
+  int raw_bytes;             // of a stage, aligned for bulk copies
   int plane;                 // cells between planes in shared memory
   int raw_stages, source_stages, weight_stages;
-  Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_height;
-
-  CONVOPS_HOST_DEVICE int raw_bytes() const {  // of a stage, aligned for bulk copies
-    return (raw_cells * depth * kSumBlock * 4 + 127) / 128 * 128;
-  }
+  Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_runs;
 };
 
 // A job of the main kernel: a block of rows on a tile of cells.
@@ -192,7 +212,12 @@ CONVOPS_HOST_DEVICE inline GemmJob gemm_job(const GemmProblem& g, const GemmTile
   const int group = t.by_row_classes.quotient(row_class);
   const int tile_h = t.by_tiles_w.quotient(tile);
   return {group, row_class - group * g.row_classes, t.by_row_blocks.remainder(unit),
-          tile_h * t.tile_rows, (tile - tile_h * t.tiles_w) * t.width};
+          tile_h * t.tile_rows, (tile - tile_h * t.tiles_w) * t.step};
+}
+
+// Of a step: one tap for kSumBlock of the sum.
+CONVOPS_HOST_DEVICE inline int gemm_weight_bytes(int products, int row_tile) {
+  return row_tile * kSumBlock * 2 * (products == 3 ? 2 : 1);
 }
 
 // Where the weights of a job begin, counted in steps; they lie in the order of units.
@@ -210,29 +235,23 @@ CONVOPS_HOST_DEVICE inline int64_t gemm_weight_step(const GemmProblem& g, const 
 struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
-  // Barriers and the converters' notes come first.
-  static constexpr int kHeader = 2048 + kConsumers * 4 * 16 * 24;
-  CONVOPS_HOST_DEVICE static int weight_bytes(int products, int row_tile) {
-    return row_tile * kSumBlock * 2 * (products == 3 ? 2 : 1);
-  }
-  // What each consumer warp notes of its 16 rows.
-  static constexpr int kRowPlaces = 2048, kRowPlaceBytes = 24;
+  static constexpr int kHeader = 3584;  // barriers and notes
   CONVOPS_HOST_DEVICE static int cell_bytes(int products) {
     return kSumBlock * 2 * (products == 3 ? 2 : 1);
   }
 
   CONVOPS_HOST_DEVICE GemmSharedMemory(const GemmTile& t, int products) {
     weights = kHeader;
-    raw = weights + t.weight_stages * weight_bytes(products, t.row_tile);
-    sources = raw + t.raw_stages * t.raw_bytes();
-    staged = sources + t.source_stages * t.depth * t.plane * cell_bytes(products);
-    bytes = staged + kConsumers * 4 * t.staged_floats * 4;
+    raw = weights + t.weight_stages * kWeightStageBytes;
+    sources = raw + t.raw_stages * t.raw_bytes;
+    staged = (sources + t.source_stages * t.depth * t.plane * cell_bytes(products) + 127) / 128 * 128;
+    bytes = staged + kConsumers * 4 * t.staged_halves * t.staged_floats * 4;
   }
 };
 
 // Where GemmOperands' parts of the workspace begin, in bytes.
 struct GemmWorkspace {
-  int64_t packed_weights, row_scales, bad_rows, bad_jobs, bytes;
+  int64_t packed_weights, row_scales, bad_jobs, bytes;
 };
 
 struct GemmPlan {
@@ -249,18 +268,21 @@ void copy_by_cells(GemmTile& tile);
 // Whether the source can be read by bulk copies, and their description of it.
 bool can_copy_bulk(const GemmProblem& gemm);
 CUtensorMap make_source_map(const GemmProblem& gemm, const GemmTile& tile, const void* source);
+void make_result_maps(const GemmProblem& gemm, const GemmTile& tile, float* result,
+                      CUtensorMap* maps);
 
 // The kernels, in the order they run; each launches on the stream and checks the launch.
 struct GemmOperands {
   const float *source, *weight, *bias;  // bias: nullptr without
   float* result;
   // In the workspace: the weights as the main kernel streams them, the power of two just under
-  // every result channel's largest weight, and which channels and which jobs fp16 cannot hold.
+  // every result channel's largest weight, with a minus where fp16 cannot hold its weights, and
+  // which jobs it cannot hold.
   uint8_t* packed_weights;
   float* row_scales;
-  uint8_t* bad_rows;
   uint8_t* bad_jobs;
   CUtensorMap source_map;  // only with GemmTile::bulk
+  CUtensorMap result_maps[kMaxKinds];  // only with GemmTile::boxed: [row kind][channel kind]
 };
 void pack_weights(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
                   void* stream);

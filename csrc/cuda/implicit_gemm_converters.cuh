@@ -13,10 +13,9 @@ namespace convops::cuda::implicit_gemm {
 // class's blocks of channels.
 struct Cursor {
   int index;  // of the job
-  int row_class, sum_class = 0, block = 0;
+  int sum_class = 0, block = 0;
 
   __device__ Cursor(const GemmProblem& g, const GemmTile& t) : index(blockIdx.x) {
-    row_class = gemm_job(g, t, index).row_class;
     skip_empty(g, t);
   }
   __device__ bool done(const GemmTile& t) const { return index >= t.jobs; }
@@ -28,12 +27,11 @@ struct Cursor {
     skip_empty(g, t);
   }
   __device__ void skip_empty(const GemmProblem& g, const GemmTile& t) {
-    while (!done(t)) {
+    for (; !done(t); index += gridDim.x) {
+      const int row_class = gemm_job(g, t, index).row_class;
       for (; sum_class < g.sum_classes; ++sum_class)
         if (g.tap_count(row_class, sum_class) > 0) return;
       sum_class = 0;
-      index += gridDim.x;
-      row_class = gemm_job(g, t, index).row_class;
     }
   }
 };
@@ -43,15 +41,14 @@ struct Cursor {
 __device__ __forceinline__ int converter_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread - kConsumerThreads - kWarp;
+  return thread - (kThreads - kConverterThreads);
 }
 
 // Where the tile of a job lies in the source.
 struct SourceTile {
-  int job;  // whose tile it is
   int channel, image, cell_row, column;
 
-  __device__ SourceTile(const GemmProblem& g, const GemmTile& t, int index) : job(index) {
+  __device__ SourceTile(const GemmProblem& g, const GemmTile& t, int index) {
     const GemmJob where = gemm_job(g, t, index);
     channel = where.group * g.sums;
     image = t.by_image_rows.quotient(where.row);
@@ -138,7 +135,7 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
 __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
 
 // The largest |x| of every channel, as bits: those of NaN and Inf are larger than any number's.
-__device__ __forceinline__ void find_channel_max(Header& header, const GemmTile& t,
+__device__ __forceinline__ void find_channel_max(uint32_t* channel_max, const GemmTile& t,
                                                  const float* raw, int thread) {
   constexpr int kLanes = 8;  // for a channel
   const int lane = thread % kLanes;
@@ -155,7 +152,7 @@ __device__ __forceinline__ void find_channel_max(Header& header, const GemmTile&
 #pragma unroll
     for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
       largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
-    if (lane == 0) header.channel_max[k] = largest;
+    if (lane == 0) channel_max[k] = largest;
   }
 }
 
@@ -165,11 +162,11 @@ struct Scale {
   bool fits;     // all channels
 };
 
-__device__ __forceinline__ Scale choose_scale(const Header& header, const GemmProblem& g,
+__device__ __forceinline__ Scale choose_scale(const uint32_t* channel_max, const GemmProblem& g,
                                               const GemmTile& t) {
   const int lane = threadIdx.x % kWarp, channels = t.depth * kSumBlock;
-  const uint32_t a = lane < channels ? header.channel_max[lane] : 0;
-  const uint32_t b = lane + kWarp < channels ? header.channel_max[lane + kWarp] : 0;
+  const uint32_t a = lane < channels ? channel_max[lane] : 0;
+  const uint32_t b = lane + kWarp < channels ? channel_max[lane + kWarp] : 0;
   const uint32_t largest = __reduce_max_sync(~0u, max(a, b));
   // Of the channels that are not all zeros: zeros are exact.
   const uint32_t smallest = __reduce_min_sync(~0u, min(a - 1, b - 1));
@@ -192,14 +189,15 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
 // Writes the cells' high and low parts; whether every cell's channels fit the scale.
 template <typename T>
 __device__ __forceinline__ bool convert_source(const GemmTile& t, const float* raw, int skew,
-                                               uint4* stage, const Scale& scale, float smallest,
+                                               uint4* stage, float factor, float smallest,
                                                int thread) {
   bool fits = true;
+#pragma unroll 1
   for (int i = thread; i < t.depth * t.source_cells; i += kConverterThreads) {
     int cell = i, block = 0;
     for (; cell >= t.source_cells; cell -= t.source_cells) ++block;
     const int row = t.by_pitch.quotient(cell);
-    const float* const values =
+    const float* from =
         raw + block * kSumBlock * t.raw_cells + row * (t.raw_pitch - t.pitch) + cell + skew;
     uint4* const place = stage + block * T::kPlanes * t.plane + cell;
     float largest = 0;
@@ -208,8 +206,8 @@ __device__ __forceinline__ bool convert_source(const GemmTile& t, const float* r
       uint32_t high[4], low[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float a = values[(8 * part + 2 * j) * t.raw_cells] * scale.factor;
-        const float b = values[(8 * part + 2 * j + 1) * t.raw_cells] * scale.factor;
+        const float a = from[0] * factor, b = from[t.raw_cells] * factor;
+        from += 2 * t.raw_cells;
         largest = fmaxf(largest, fmaxf(fabsf(a), fabsf(b)));
         high[j] = pack(a, b);
         if constexpr (T::kProducts == 3) {
@@ -226,17 +224,6 @@ __device__ __forceinline__ bool convert_source(const GemmTile& t, const float* r
   return fits;
 }
 
-// A job with a channel whose weights fp16 cannot hold is bad whatever its source.
-template <typename T>
-__device__ __forceinline__ void mark_bad_rows(const GemmProblem& g, const GemmTile& t,
-                                              const GemmOperands& operands, int index, int thread) {
-  const GemmJob job = gemm_job(g, t, index);
-  const int row = job.row_block * T::kRowTile + thread;
-  if (thread < T::kRowTile && row < g.class_rows &&
-      operands.bad_rows[job.group * g.rows + gemm_row(g, job.row_class, row).channel])
-    operands.bad_jobs[index] = 1;
-}
-
 template <typename T>
 __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmTile& t,
                                                const GemmOperands& operands, uint8_t* shared,
@@ -245,17 +232,14 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
   uint8_t* const raw = shared + memory.raw;
 
   Cursor at(g, t);
-  SourceTile tile(g, t, at.index);
-  mark_bad_rows<T>(g, t, operands, at.index, converter_thread());
+  int ahead = 0;  // stages on the way or waiting
   const auto load_next = [&](int slot) {
-    const bool leads = converter_thread() == 0;
-    if (leads) header.raw_job[slot] = at.done(t) ? kNoJob : at.index;
     if (!at.done(t)) {
-      if (at.index != tile.job) {
-        tile = SourceTile(g, t, at.index);
-        mark_bad_rows<T>(g, t, operands, at.index, converter_thread());
-      }
-      uint8_t* const place = raw + slot * t.raw_bytes();
+      const bool leads = converter_thread() == 0;
+      if (leads) header.raw_job[slot] = at.index;
+      // Made anew for every stage: there are no registers to keep it.
+      const SourceTile tile(g, t, at.index);
+      uint8_t* const place = raw + slot * t.raw_bytes;
       if (!t.bulk)
         load_source(g, t, tile, at.sum_class, at.block, operands.source, header,
                     uint32_t(__cvta_generic_to_shared(place)), converter_thread());
@@ -263,44 +247,61 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
         load_source_bulk(t, operands, tile, at.block, place, header.raw_skew[slot],
                          &header.raw_full[slot]);
       at.next(g, t);
+      ++ahead;
     }
     ptx::copy_commit();  // an empty group where nothing is left: the count below stays right
   };
-  for (int slot = 0; slot < t.raw_stages - 1; ++slot) load_next(slot);
-  ptx::sync_threads<1, kConverterThreads>();
-
-  Stage raw_stage, stage;
-  for (int job; (job = header.raw_job[raw_stage.index]) != kNoJob;) {
-    if (t.bulk)
-      ptx::barrier_wait(&header.raw_full[raw_stage.index], raw_stage.parity);
-    else if (t.raw_stages == 2)
+  // Until all of the stage's cells are there.
+  const auto wait_loaded = [&](const Stage& raw_stage) {
+    if (t.bulk) {
+      ptx::barrier_wait(&header.raw_full[raw_stage.index()], raw_stage.parity());
+      return;
+    }
+    if (t.raw_stages == 2)
       ptx::copy_wait<0>();
     else if (t.raw_stages == 3)
       ptx::copy_wait<1>();
     else
       ptx::copy_wait<2>();
-    ptx::sync_threads<1, kConverterThreads>();  // all have their cells, and are done with the last
-    load_next(raw_stage.index == 0 ? t.raw_stages - 1 : raw_stage.index - 1);
-    const float* const cells =
-        reinterpret_cast<const float*>(raw + raw_stage.index * t.raw_bytes());
-    find_channel_max(header, t, cells, converter_thread());
     ptx::sync_threads<1, kConverterThreads>();
-    const Scale scale = choose_scale(header, g, t);
+  };
+  const auto cells = [&](const Stage& raw_stage) {
+    return reinterpret_cast<const float*>(raw + raw_stage.index() * t.raw_bytes);
+  };
+  Stage stage, raw_stage;
+  const auto find_next_max = [&] {
+    if (ahead == 0) return;
+    wait_loaded(raw_stage);
+    find_channel_max(header.channel_max[raw_stage.index()], t, cells(raw_stage),
+                     converter_thread());
+  };
+  int slot = 0, filling = t.raw_stages - 1;
+  do {
+    if (filling == 0)
+      ptx::sync_threads<1, kConverterThreads>();  // all know the maxima, and are done with the last
+    load_next(slot);
+    if (++slot == t.raw_stages) slot = 0;
+    if (filling > 0) {
+      if (--filling == 0) find_next_max();
+      continue;
+    }
+    const Scale scale = choose_scale(header.channel_max[raw_stage.index()], g, t);
 
-    ptx::barrier_wait(&header.source_empty[stage.index], stage.parity ^ 1);
+    ptx::barrier_wait(&header.source_empty[stage.index()], stage.parity() ^ 1);
     uint4* const converted = reinterpret_cast<uint4*>(shared + memory.sources) +
-                             stage.index * t.depth * t.plane * T::kPlanes;
-    const int skew = t.bulk ? header.raw_skew[raw_stage.index] : 0;
-    const bool fits =
-        convert_source<T>(t, cells, skew, converted, scale, g.smallest, converter_thread()) &&
-        scale.fits;
-    if (!fits) operands.bad_jobs[job] = 1;
-    if (converter_thread() == 0) header.source_unit[stage.index] = scale.unit;
+                             stage.index() * t.depth * t.plane * T::kPlanes;
+    if (converter_thread() == 0) header.source_unit[stage.index()] = scale.unit;
+    const int skew = t.bulk ? header.raw_skew[raw_stage.index()] : 0;
+    const bool fits = convert_source<T>(t, cells(raw_stage), skew, converted, scale.factor,
+                                        g.smallest, converter_thread());
+    if (!fits || !scale.fits) operands.bad_jobs[header.raw_job[raw_stage.index()]] = 1;
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    ptx::barrier_arrive(&header.source_full[stage.index]);
+    ptx::barrier_arrive(&header.source_full[stage.index()]);
     stage.next(t.source_stages);
     raw_stage.next(t.raw_stages);
-  }
+    --ahead;
+    find_next_max();  // while the consumers begin
+  } while (filling > 0 || ahead > 0);
 }
 
 }  // namespace convops::cuda::implicit_gemm

@@ -1,7 +1,8 @@
-// The copy engine's description (tensor map) of implicit_gemm's source.
+// The copy engine's descriptions (tensor maps) of implicit_gemm's source and result.
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 #include "cuda/check.h"
@@ -23,6 +24,28 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   return function;
 }
 
+// Sizes and strides (in floats, the innermost is 1) innermost dimension first.
+CUtensorMap make_map(const void* tensor, const std::array<int64_t, 4>& sizes,
+                     const std::array<int64_t, 3>& strides, const int (&box)[4]) {
+  cuuint64_t map_sizes[4], map_strides[3];
+  cuuint32_t map_box[4];
+  for (int i = 0; i < 4; ++i) {
+    map_sizes[i] = cuuint64_t(sizes[i]);
+    map_box[i] = cuuint32_t(box[i]);
+  }
+  for (int i = 0; i < 3; ++i) map_strides[i] = cuuint64_t(strides[i]) * sizeof(float);
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = encode_function()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, const_cast<void*>(tensor), map_sizes, map_strides,
+      map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("CUDA error " + std::to_string(int(result)) +
+                             " (cuTensorMapEncodeTiled)");
+  return map;
+}
+
 }  // namespace
 
 // A cell must be an element, rows dense, and every stride a multiple of 16 bytes.
@@ -37,21 +60,27 @@ bool can_copy_bulk(const GemmProblem& g) {
 
 CUtensorMap make_source_map(const GemmProblem& g, const GemmTile& t, const void* source) {
   const Tensor4& tensor = g.source;
-  cuuint64_t sizes[4], strides[3];
-  for (int i = 0; i < 4; ++i) sizes[i] = cuuint64_t(tensor.size[3 - i]);
-  for (int i = 0; i < 3; ++i) strides[i] = cuuint64_t(tensor.stride[2 - i]) * sizeof(float);
-  const cuuint32_t box[4] = {cuuint32_t(t.raw_pitch), cuuint32_t(t.raw_cells / t.raw_pitch),
-                             cuuint32_t(t.depth * kSumBlock), 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, const_cast<void*>(source), sizes, strides, box,
-      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw std::runtime_error("CUDA error " + std::to_string(int(result)) +
-                             " (cuTensorMapEncodeTiled)");
-  return map;
+  const auto& stride = tensor.stride;
+  const int box[4] = {t.raw_pitch, t.raw_cells / t.raw_pitch, t.depth * kSumBlock, 1};
+  return make_map(source, {tensor.size[3], tensor.size[2], tensor.size[1], tensor.size[0]},
+                  {stride[2], stride[1], stride[0]}, box);
+}
+
+// Every row of a kind in every channel of a kind, from where its first sector begins; of its end only
+// whole vectors of 16 bytes, because the copy engine does not write less.
+void make_result_maps(const GemmProblem& g, const GemmTile& t, float* result, CUtensorMap* maps) {
+  const auto& [size, stride] = g.result;
+  const int row_kinds = 1 << t.row_kinds_log, channel_kinds = 1 << t.channel_kinds_log;
+  const int box[4] = {t.box_width, 1, (8 >> t.woven_log) / channel_kinds, 1};
+  for (int row = 0; row < row_kinds; ++row)
+    for (int channel = 0; channel < channel_kinds; ++channel) {
+      const int64_t first = row * stride[2] + channel * stride[1], left_out = -first & t.overlap;
+      maps[row * channel_kinds + channel] =
+          make_map(result + first + left_out,
+                   {(size[3] - left_out) / 4 * 4, (size[2] - row + row_kinds - 1) / row_kinds,
+                    (size[1] - channel + channel_kinds - 1) / channel_kinds, size[0]},
+                   {row_kinds * stride[2], channel_kinds * stride[1], stride[0]}, box);
+    }
 }
 
 }  // namespace convops::cuda

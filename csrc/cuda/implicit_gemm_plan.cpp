@@ -1,9 +1,11 @@
 // From a convolution to the problem on cells, its tiles and an estimate of its time: every block
 // and tile that fits is estimated, the fastest is taken.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "cuda/implicit_gemm.h"
@@ -13,6 +15,7 @@ namespace {
 
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
 constexpr int kBlocks[] = {1, 2, 4};
+constexpr int kSector = 8;                        // floats that memory writes at once
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
@@ -113,6 +116,7 @@ bool join_rows(GemmProblem& g) {
   for (Tensor4* t : {&g.source, &g.result}) {
     t->size[3] *= t->size[2];
     t->size[2] = 1;
+    t->stride[2] = t->size[3] * t->stride[3];
   }
   g.cells_w *= g.cells_h;
   g.cells_h = 1;
@@ -158,15 +162,24 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   return !join || join_rows(g);
 }
 
-// As many stages as fit: weights are small, then one more source stage hides the converters' work
-// best, then raw stages the memory's latency.
+void set_raw_cells(GemmTile& t, int cells) {
+  constexpr int kBoxAlignment = 128;
+  t.raw_cells = cells;
+  t.raw_bytes = int(ceil_divide(cells * t.depth * kSumBlock * 4, kBoxAlignment)) * kBoxAlignment;
+}
+
+// As many stages as fit: weights are small, then both halves of the results may leave at a time,
+// then one more source stage hides the converters' work best, then raw stages the memory's latency.
 bool choose_stages(GemmTile& t, int products) {
-  const int weight_bytes = GemmSharedMemory::weight_bytes(products, t.row_tile);
   t.source_stages = t.raw_stages = 2;
-  t.weight_stages = std::clamp(40 * 1024 / weight_bytes, 4, kMaxWeightStages);
-  t.staged_floats = t.woven ? 8 / t.woven * t.line : 8 * (t.columns + kStagePadding);
+  t.weight_stages = 4;
+  t.staged_floats = !t.neighbours ? 8 * gemm_stage_pitch(t.columns)
+                    : std::max((8 >> t.woven_log) * t.line,
+                               t.boxed ? t.height * t.box_floats << t.channel_kinds_log : 0);
+  t.staged_floats = int(ceil_divide(t.staged_floats, 32)) * 32;
+  t.staged_halves = 1;
   const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
-  if (!fits()) t.weight_stages = 4;
+  if (!fits()) t.weight_stages = 3;
   if (!fits()) return false;
   const auto grow = [&](int& stages, int most) {
     while (stages < most) {
@@ -176,24 +189,63 @@ bool choose_stages(GemmTile& t, int products) {
       break;
     }
   };
+  grow(t.staged_halves, 2);
   grow(t.raw_stages, 3);
   grow(t.source_stages, 3);
   grow(t.raw_stages, kMaxRawStages);
   return true;
 }
 
-// The tile with `width` cells a row; false if it does not fit.
-bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int depth, bool bulk,
+// How results lie in memory, as far as storing them goes.
+void describe_results(const GemmProblem& g, GemmTile& t) {
+  const auto& [size, stride] = g.result;
+  const int block = g.w.block;
+  t.neighbours = stride[3] == 1 && (block == 1 || block == 2 || block == 4);
+  t.woven_log = t.neighbours ? block / 2 : 0;
+  t.paired = t.neighbours && block == 1 && (stride[0] | stride[1] | stride[2] | size[3]) % 2 == 0;
+  const auto kinds_log = [](int64_t stride) {
+    return std::countr_zero(unsigned(kSector / std::gcd(stride, kSector)));
+  };
+  t.row_kinds_log = kinds_log(stride[2]);
+  t.channel_kinds_log = kinds_log(stride[1]);
+  const int most = std::max({t.row_kinds_log, t.channel_kinds_log, kinds_log(stride[0])});
+  t.overlap = t.neighbours ? kSector - (kSector >> most) : 0;
+}
+
+// Whether the results of eight rows can leave as boxes: whole channels of one vertical phase, whose
+// rows begin at few different places in a sector. Where rows are short, lines are better.
+bool boxes_pay(const GemmProblem& g, const GemmTile& t) {
+  constexpr int kLargestBox = 256, kShortRow = 64, kMostBoxes = 32;  // a box a lane
+  const auto& [size, stride] = g.result;
+  const int channels = 8 >> t.woven_log, channel_kinds = 1 << t.channel_kinds_log;
+  const int row_kinds = 1 << t.row_kinds_log, kinds = row_kinds * channel_kinds;
+  const bool whole = g.rows % channels == 0 ||
+                     (g.groups == 1 && (g.row_classes > 1 || g.h.block == 1));
+  return t.neighbours && whole && kinds <= kMaxKinds && channel_kinds <= channels &&
+         stride[0] % kSector == 0 && stride[0] > 0 && stride[1] > 0 && stride[2] > 0 &&
+         (kinds == 1 || size[3] >= kShortRow) && size[2] >= row_kinds &&
+         size[1] >= channel_kinds && t.box_width <= kLargestBox &&
+         t.height * channel_kinds <= kMostBoxes;
+}
+
+// The tile for a row of cells cut in `parts`; false if it does not fit.
+bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int depth, bool bulk,
                bool straddles, GemmTile& t) {
   t.depth = depth;
   t.row_tile = row_tile;
   t.columns = columns;
+  describe_results(g, t);
   const auto& stride = g.result.stride;
   const int block = g.w.block;
-  t.woven = stride[3] == 1 && (block == 1 || block == 2 || block == 4) ? block : 0;
-  t.paired = t.woven == 1 && (stride[0] | stride[1] | stride[2] | g.result.size[3]) % 2 == 0;
+  t.step = t.width = int(ceil_divide(g.cells_w, parts));
+  if (parts > 1 && t.neighbours) {
+    const int sector = kSector >> t.woven_log;
+    // An odd number of sectors: channels lie in different banks of shared memory then.
+    t.step = int(ceil_divide(t.step, sector) | 1) * sector;
+    t.width = t.step + int(ceil_divide(t.overlap, 1 << t.woven_log));
+    if (t.width >= g.cells_w) return false;
+  }
   const int round = t.paired ? 1 : 0;  // to even numbers
-  t.width = (width + round) & ~round;
   t.pitch = (t.width + g.w.shifts - 1 + round) & ~round;
   if (t.width > columns) return false;
   t.height = 1 + (columns - t.width) / t.pitch;
@@ -208,7 +260,7 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   if (straddles && straddling >= apart) return false;
   t.image_rows = t.straddles ? g.cells_h + g.h.shifts - 1
                              : int(ceil_divide(g.cells_h, t.tile_rows) * t.tile_rows);
-  t.tiles_w = int(ceil_divide(g.cells_w, t.width));
+  t.tiles_w = 1 + int(ceil_divide(std::max(0, g.cells_w - t.width), t.step));
   t.tiles_h = int(t.straddles ? straddling : apart);
   t.row_blocks = int(ceil_divide(g.class_rows, row_tile));
   t.units = t.row_blocks * g.row_classes * g.groups;
@@ -221,27 +273,42 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int width, int d
   // A row may begin up to three cells before the tile.
   t.raw_pitch = int(ceil_divide(t.pitch + 3, 4) * 4);
   t.bulk = bulk && !t.straddles && t.raw_pitch <= kLargestBox && source_rows <= kLargestBox;
-  t.raw_cells = source_rows * t.raw_pitch;
+  set_raw_cells(t, source_rows * t.raw_pitch);
   if (!t.bulk) copy_by_cells(t);
-  // Slots of whole vectors, and one for where the row begins.
-  t.slot = int(ceil_divide(t.width * t.woven, 4) + 1) * 4;
-  t.line =
-      int(ceil_divide(t.height * t.slot + 8, 16)) * 16 - 8;  // rows apart from each other's banks
+  t.box_width = int(ceil_divide(t.step << t.woven_log, kSector)) * kSector;
+  // Boxes begin at multiples of 128 bytes.
+  const int box = t.box_width * (8 >> t.woven_log) >> t.channel_kinds_log;
+  t.box_floats = int(ceil_divide(box, 32)) * 32;
+  t.boxed = boxes_pay(g, t);
+  t.has_edges = t.overlap > 0 || g.result.size[3] % 4 != 0;
+  // Rows that follow each other leave at once, but where another image begins.
+  t.joined = t.neighbours && block == 1 && g.h.block == 1 && t.tiles_w == 1 &&
+             stride[2] == g.result.size[3];
+  t.runs = !t.joined       ? t.height
+           : !t.straddles ? 1
+                          : 1 + int(ceil_divide(t.height - 1, t.image_rows));
+  // Slots of whole vectors, with room for where the row begins. Lines are apart from each other's
+  // banks.
+  constexpr int kSkew = 3;
+  t.slot = t.joined ? t.width : int(ceil_divide((t.width << t.woven_log) + kSkew, 4)) * 4;
+  const int line = t.height * t.slot + (t.joined ? kSkew * (t.runs + 1) : 0);
+  t.line = int(ceil_divide(line + 8, 16)) * 16 - 8;
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
   return t.plane < (1 << 14) && choose_stages(t, g.products);  // 14 bits in the descriptor
 }
 
-// Widths worth trying: the row cut into the fewest equal parts that fit, and into more.
-std::vector<int> widths(int cells_w, int columns) {
+// Into how many parts a row of cells may be cut: the fewest that fit, and more.
+std::vector<int> row_parts(int cells_w, int columns) {
   constexpr int kMostRows = 10, kTries = 24;  // of a tile; between one row and two
   std::vector<int> result;
   const int64_t fewest = ceil_divide(cells_w, columns);
   const int64_t most = std::min<int64_t>(cells_w, kMostRows * (fewest + 1));
   for (int64_t parts = fewest; parts <= most; parts += std::max<int64_t>(1, fewest / kTries)) {
-    const int width = int(ceil_divide(cells_w, parts));
-    if (result.empty() || width != result.back()) result.push_back(width);
+    const bool same = !result.empty() &&
+                      ceil_divide(cells_w, parts) == ceil_divide(cells_w, result.back());
+    if (!same) result.push_back(int(parts));
   }
   return result;
 }
@@ -269,7 +336,8 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
                                      kStageCycles);
     const double rows = double(g.class_rows) / t.row_blocks;
     const double store =
-        rows * t.tile_rows * (t.woven ? kSlotCycles / t.woven : t.width * kApartCycles);
+        rows * t.tile_rows *
+        (t.neighbours ? kSlotCycles / (1 << t.woven_log) : t.width * kApartCycles);
     cycles += t.row_blocks * (std::max(multiply, convert) + kOverlap * std::min(multiply, convert) +
                               store + kJobCycles);
   }
@@ -287,9 +355,8 @@ GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
   const int64_t channels = int64_t(g.groups) * g.rows;
   GemmWorkspace w;
   w.packed_weights = 0;
-  w.row_scales = align(steps * GemmSharedMemory::weight_bytes(g.products, t.row_tile));
-  w.bad_rows = w.row_scales + align(channels * 4);
-  w.bad_jobs = w.bad_rows + align(channels);
+  w.row_scales = align(steps * gemm_weight_bytes(g.products, t.row_tile));
+  w.bad_jobs = w.row_scales + align(channels * 4);
   w.bytes = w.bad_jobs + align(t.jobs);
   return w;
 }
@@ -299,7 +366,7 @@ GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
 void copy_by_cells(GemmTile& t) {
   t.bulk = false;
   t.raw_pitch = t.pitch;
-  t.raw_cells = int(ceil_divide(t.source_cells, 4) * 4);
+  set_raw_cells(t, int(ceil_divide(t.source_cells, 4) * 4));
 }
 
 GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
@@ -320,8 +387,8 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
   if (!best.reason.empty()) return best;
 
   best.reason = "no tile of its cells fits shared memory";
-  GemmProblem g;
-  GemmTile t;
+  GemmProblem g{};
+  GemmTile t{};
   for (const int block_h : kBlocks)
     for (const int block_w : kBlocks) {
       // Blocks are for filling instructions that channels leave empty.
@@ -340,11 +407,11 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
             for (const int row_tile : {64, 128}) {
               if (row_tile == 128 && g.class_rows <= 64) continue;
               for (const int columns : kGemmColumns)
-                for (const int width : widths(g.cells_w, columns)) {
+                for (const int parts : row_parts(g.cells_w, columns)) {
                   for (int i = 0; i < 6; ++i) {
                     const int depth = 1 << i % 3;
                     if (depth > 1 && depth >= 2 * g.sum_blocks) continue;
-                    if (!make_tile(g, row_tile, columns, width, depth, bulk, i >= 3, t)) continue;
+                    if (!make_tile(g, row_tile, columns, parts, depth, bulk, i >= 3, t)) continue;
                     const double seconds = estimate(g, t, device, p.bytes());
                     if (seconds >= best.seconds) continue;
                     best = {"", g, t, seconds, {}};
@@ -361,7 +428,7 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
   tile.by_tiles_w = Divisor(tile.tiles_w);
   tile.by_image_rows = Divisor(tile.image_rows);
   tile.by_pitch = Divisor(tile.pitch);
-  tile.by_height = Divisor(tile.height);
+  tile.by_runs = Divisor(tile.runs);
   for (GemmTap& tap : best.problem.taps) tap.offset = tap.h * tile.pitch + tap.w;
   best.workspace = lay_out(best.problem, best.tile);
   return best;

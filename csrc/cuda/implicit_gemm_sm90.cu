@@ -3,8 +3,8 @@
 // A persistent block of 16 warps walks over jobs (a block of rows on a tile of cells, see
 // implicit_gemm.h); its warps pass data on through rings of stages in shared memory:
 //
-//   converters  7 warps  source → raw ring (cp.async, any strides, zeros outside) → scaled, rounded
-//                        or split into fp16 → source ring
+//   converters  7 warps  source → raw ring (bulk copies, or cp.async for any strides; zeros outside)
+//                        → scaled, rounded or split into fp16 → source ring
 //   streamer    1 warp   packed weights → weight ring (bulk copies)
 //   consumers   8 warps  two warpgroups: source ring × weight ring → registers → result
 //
@@ -40,13 +40,18 @@ __device__ __forceinline__ void run_streamer(const GemmProblem& g, const GemmTil
   for (int index = blockIdx.x; index < t.jobs; index += gridDim.x) {
     const GemmJob job = gemm_job(g, t, index);
     const uint8_t* packed = operands.packed_weights + gemm_weight_step(g, t, job) * T::kWeightBytes;
-    const int steps = g.steps(job.row_class);
-    for (int step = 0; step < steps; ++step, packed += T::kWeightBytes) {
-      ptx::barrier_wait(&header.weights_empty[stage.index], stage.parity ^ 1);
-      ptx::copy_bulk(shared + memory.weights + stage.index * T::kWeightBytes, packed,
-                     T::kWeightBytes, &header.weights_full[stage.index]);
-      stage.next(t.weight_stages);
-    }
+    for (int sum_class = 0; sum_class < g.sum_classes; ++sum_class)
+      for (int block = 0; block < g.sum_blocks; block += t.depth) {
+        int steps = min(t.depth, g.sum_blocks - block) * g.tap_count(job.row_class, sum_class);
+        for (; steps > 0; steps -= T::kSteps) {
+          const int bytes = min(steps, T::kSteps) * T::kWeightBytes;
+          ptx::barrier_wait(&header.weights_empty[stage.index()], stage.parity() ^ 1);
+          ptx::copy_bulk(shared + memory.weights + stage.index() * kWeightStageBytes, packed, bytes,
+                         &header.weights_full[stage.index()]);
+          packed += bytes;
+          stage.next(t.weight_stages);
+        }
+      }
   }
 }
 
@@ -73,10 +78,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int warp = threadIdx.x / kWarp;
   if (warp < kConsumers * 4) {
-    ptx::raise_registers<kConsumerRegisters>();
+    ptx::raise_registers<T::kConsumerRegisters>();
     run_consumers<T>(g, t, operands, shared, memory);
   } else {
-    ptx::lower_registers<kProducerRegisters>();
+    ptx::lower_registers<T::kProducerRegisters>();
     if (warp > kConsumers * 4)
       run_converters<T>(g, t, operands, shared, memory);
     else if (threadIdx.x % kWarp == 0)

@@ -12,9 +12,7 @@ constexpr int kWarp = 32;
 constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
 constexpr int kConverterThreads = kConverterWarps * kWarp;
 constexpr int kThreads = kConsumerThreads + kWarp + kConverterThreads;
-// Two accumulators and addresses for 256 threads, what is left for the other 256.
-constexpr int kConsumerRegisters = 208, kProducerRegisters = 48;
-static_assert(kThreads == 512 && 256 * (kConsumerRegisters + kProducerRegisters) <= 65536);
+static_assert(kThreads == 512);
 
 // 6 taps of three products are 18 truncated additions (docs/implicit_gemm.md).
 constexpr int kPromotedTaps = 6;
@@ -29,9 +27,14 @@ struct Traits {
   // Planes of 8 channels: two of high parts, then two of low parts.
   static constexpr int kPlanes = kProducts == 3 ? 4 : 2;
   static constexpr int kWeightBytes = kPlanes * kRowTile * 16;
-  static constexpr int kStagePitch = kColumns + kStagePadding;
-  // Groups of instructions in flight: enough to hide the issue of the next.
-  static constexpr int kInFlight = kProducts == 3 ? 1 : 2;
+  // Odd multiples of 8: no bank conflicts.
+  static constexpr int kStagePitch = gemm_stage_pitch(kColumns);
+  // Of a stage: what is done once a stage counts for less where steps are short.
+  static constexpr int kSteps = kWeightStageBytes / kWeightBytes;
+  static_assert(kProducts != 3 || kPromotedTaps % kSteps == 0, "stages end where sums are promoted");
+  // Two accumulators and addresses for 256 threads, what is left for the other 256.
+  static constexpr int kConsumerRegisters = kColumns > 152 ? 208 : 200;
+  static constexpr int kProducerRegisters = 256 - kConsumerRegisters;
   static_assert(kStagePitch % 32 == 8 || kStagePitch % 32 == 24, "staging without bank conflicts");
 };
 
@@ -47,24 +50,24 @@ struct Header {
   uint64_t source_full[kMaxSourceStages], source_empty[kMaxSourceStages];
   float source_unit[kMaxSourceStages];  // what 1 in the stage stands for
   uint64_t raw_full[kMaxRawStages];     // this and the next only with bulk copies
+  float2 scales[kConsumers * 4][16];  // and biases of every consumer warp's rows
   int raw_skew[kMaxRawStages];
-  int raw_job[kMaxRawStages];  // whose cells a stage holds; kNoJob: there is no more
-  uint32_t channel_max[kMaxDepth * kSumBlock];  // bits of |x|, of the stage being converted
+  int raw_job[kMaxRawStages];  // whose cells a stage holds
+  uint32_t channel_max[kMaxRawStages][kMaxDepth * kSumBlock];  // bits of |x|
   SumPlace sum_places[kMaxDepth * kSumBlock];   // of the stage being copied, with mixed phases
 };
-static_assert(sizeof(Header) <= GemmSharedMemory::kRowPlaces);
+static_assert(sizeof(Header) <= GemmSharedMemory::kHeader);
 
-constexpr int kNoJob = -1;
-
-// A place in a ring of stages and the parity of its barriers' phase.
+// A place in a ring of stages and, in the lowest bit, the parity of its barriers' phase: one
+// register, of which the converters have few.
 struct Stage {
-  int index = 0;
-  uint32_t parity = 0;
+  uint32_t place = 0;
+
+  __device__ int index() const { return int(place >> 1); }
+  __device__ uint32_t parity() const { return place & 1; }
   __device__ void next(int stages) {
-    if (++index == stages) {
-      index = 0;
-      parity ^= 1;
-    }
+    place += 2;
+    if (index() >= stages) place = parity() ^ 1;
   }
 };
 

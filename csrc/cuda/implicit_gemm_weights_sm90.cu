@@ -106,10 +106,9 @@ __global__ void __launch_bounds__(kThreads)
   const float* const weight =
       operands.weight + group * g.weight_group_stride + channel * g.weight_row_stride;
   const RowScale scale = find_scale(g, weight);
-  if (threadIdx.x == 0) {
-    operands.row_scales[group * g.rows + channel] = scale.row_scale;
-    operands.bad_rows[group * g.rows + channel] = !scale.fits;
-  }
+  if (threadIdx.x == 0)
+    operands.row_scales[group * g.rows + channel] =
+        scale.fits ? scale.row_scale : -scale.row_scale;
   const int blocks = gridDim.x * gridDim.y, block = group * gridDim.x + channel;
   for (int i = block * kThreads + threadIdx.x; i < t.jobs; i += blocks * kThreads)
     operands.bad_jobs[i] = 0;

@@ -1,4 +1,4 @@
-// Asynchronous copies from global to shared memory.
+// Asynchronous copies between global and shared memory.
 #pragma once
 
 #include <cuda.h>
@@ -40,6 +40,26 @@ __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap* m
                                          ::cuda::ptx::space_shared, barrier, bytes);
   ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global,
                                     destination, map, place, barrier);
+}
+
+// Multiples of 16 bytes, or a box, from shared to global memory, by one thread; it commits its copies
+// in groups and waits until all but kPending groups have been read, or all are written.
+__device__ __forceinline__ void store_bulk(void* destination, const void* source, uint32_t bytes) {
+  ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_global, ::cuda::ptx::space_shared, destination,
+                             source, bytes);
+}
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const int32_t (&place)[4],
+                                          const void* source) {
+  ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_global, ::cuda::ptx::space_shared, map,
+                                    place, source);
+}
+__device__ __forceinline__ void store_commit() { ::cuda::ptx::cp_async_bulk_commit_group(); }
+template <int kPending>
+__device__ __forceinline__ void store_wait_read() {
+  ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<kPending>{});
+}
+__device__ __forceinline__ void store_wait() {
+  ::cuda::ptx::cp_async_bulk_wait_group(::cuda::ptx::n32_t<0>{});
 }
 
 }  // namespace convops::cuda::ptx

@@ -35,7 +35,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Registers are named one by one in PTX: eight a line.
+// Registers are named one by one in PTX: eight a line, H: and half a line.
 #define CONVOPS_D(i)                                                                              \
   "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]), \
       "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
@@ -49,10 +49,13 @@ __device__ __forceinline__ void wgmma_wait() {
 #define CONVOPS_R7 CONVOPS_R6 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define CONVOPS_R8 CONVOPS_R7 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define CONVOPS_R9 CONVOPS_R8 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define CONVOPS_R8H CONVOPS_R8 ", %72, %73, %74, %75"
 #define CONVOPS_D3 CONVOPS_D(0), CONVOPS_D(1), CONVOPS_D(2), CONVOPS_D(3)
 #define CONVOPS_D5 CONVOPS_D3, CONVOPS_D(4), CONVOPS_D(5)
 #define CONVOPS_D7 CONVOPS_D5, CONVOPS_D(6), CONVOPS_D(7)
 #define CONVOPS_D9 CONVOPS_D7, CONVOPS_D(8), CONVOPS_D(9)
+#define CONVOPS_D8H \
+  CONVOPS_D7, CONVOPS_D(8), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75])
 
 // `accumulate` 0 starts a sum: D = A · B. Operand numbers follow the N / 2 registers.
 #define CONVOPS_WGMMA(n, registers, outputs, a_number, b_number, accumulate_number)              \
@@ -64,9 +67,9 @@ __device__ __forceinline__ void wgmma_wait() {
                  : outputs                                                                       \
                  : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                   \
   }
-CONVOPS_WGMMA(64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34")
 CONVOPS_WGMMA(96, CONVOPS_R5, CONVOPS_D5, "%48", "%49", "%50")
 CONVOPS_WGMMA(128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66")
 CONVOPS_WGMMA(160, CONVOPS_R9, CONVOPS_D9, "%80", "%81", "%82")
+CONVOPS_WGMMA(152, CONVOPS_R8H, CONVOPS_D8H, "%76", "%77", "%78")
 
 }  // namespace convops::cuda::ptx
