@@ -187,6 +187,16 @@ ODD = [
     Problem("no_channels", 2, 0, 6, 6, 4, (3, 3), bias=True),
 ]
 
+# Rows of the result, and channels, begin at several places in a sector of memory, and a row is more
+# than a tile.
+WIDE = [
+    Problem("rows_of_66", 2, 16, 20, 68, 24, (3, 3), bias=True),
+    Problem("rows_of_68", 2, 8, 16, 70, 16, (1, 3)),
+    Problem("rows_of_331", 1, 8, 16, 331, 17, (3, 3), padding=(1, 1), bias=True),
+    Problem("rows_of_332_grouped", 2, 32, 10, 334, 32, (3, 3), groups=2),
+    Problem("rows_of_330_strided", 1, 6, 17, 661, 10, (3, 3), (2, 2), (1, 1)),
+]
+
 # Tensors of more than 2^31 elements (GPU with more than 40 GB only).
 HUGE = [
     Problem("huge_output", 2, 1, 32768, 16384, 3, (1, 3)),
@@ -194,12 +204,12 @@ HUGE = [
 ]
 
 # Real layers made small enough for a CPU in a test.
-SMALL = ODD + [
+SMALL = ODD + WIDE + [
     problem.scaled(20_000)
     for problem in [*KERNELBENCH, RESNET50[0], *DEPTHWISE[:-1], *GROUPED, *DILATED]
 ]
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
-    for problem in [*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DILATED, *ODD, *HUGE]
+    for problem in [*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DILATED, *ODD, *WIDE, *HUGE]
 }

@@ -31,6 +31,7 @@ dense = [
     Problem("one_phase_at_a_time", 2, 40, 13, 14, 136, (3, 3), (2, 2), (1, 1)),
     Problem("results_apart", 2, 24, 13, 14, 40, (3, 3), (3, 3), (1, 1)),
     Problem("tiles_across_images", 150, 16, 7, 7, 24, (3, 3), padding=(1, 1)),
+    Problem("kinds_of_rows", 1, 16, 10, 68, 24, (3, 3), bias=True),
     Problem("nan", 2, 20, 9, 20, 24, (3, 3), padding=(1, 1), bias=True),
 ]
 ran = 0

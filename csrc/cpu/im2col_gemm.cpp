@@ -15,6 +15,7 @@
 #include "cpu/im2col.h"
 #include "cpu/parallel.h"
 #include "cpu/types.h"
+#include "integers.h"
 
 namespace convops::cpu {
 namespace {
@@ -28,7 +29,7 @@ constexpr double kChunkOverhead = 10e-6;
 
 constexpr int64_t kAlignment = 64;
 
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+int64_t aligned(int64_t bytes) { return round_up(bytes, kAlignment); }
 
 // A 1×1 convolution multiplies the input as it is, unless its dtype must be widened.
 bool skips_im2col(const ConvProblem& p) {

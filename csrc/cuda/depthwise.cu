@@ -20,6 +20,7 @@
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
 #include "cuda/types.cuh"
+#include "integers.h"
 
 namespace convops::cuda {
 namespace {
@@ -340,8 +341,6 @@ __global__ void __launch_bounds__(kThreads)
   result[channel * weight.stride[0] + kh * weight.stride[2] + kw * weight.stride[3]] =
       convert<T>(sum);
 }
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether lanes along channels coalesce better than lanes along W.
 bool channels_dense(const Tensor4& t) {

@@ -18,6 +18,7 @@
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
 #include "cuda/types.cuh"
+#include "integers.h"
 
 namespace convops::cuda {
 namespace {
@@ -306,8 +307,6 @@ __global__ void __launch_bounds__(256) reduce_kernel(const __grid_constant__ Con
   const Tap tap = decode_tap<Direction::kBackwardWeight>(p, int(element % taps));
   result[element / taps * p.weight.stride[0] + tap.a_offset] = convert<T>(sum);
 }
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of the GEMM: channels of a group on the result's side.
 int64_t gemm_rows(const ConvProblem& p) {

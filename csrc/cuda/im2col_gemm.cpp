@@ -13,6 +13,7 @@
 #include "cuda/algorithms.h"
 #include "cuda/gemm.h"
 #include "cuda/im2col.h"
+#include "integers.h"
 
 namespace convops::cuda {
 namespace {
@@ -33,11 +34,12 @@ constexpr int64_t kAlignment = 256;
 constexpr double kGemmFraction = 0.75;
 constexpr double kTf32Speedup = 6.0, kHalfSpeedup = 12.0, kDoubleSpeedup = 0.5;
 constexpr double kTileRows = 64;
-// The columns' trips through memory: written and read, and col2im's loads take twice as long.
-constexpr double kCol2imPasses = 3;
+// The columns' trips through memory, as measured on an H200: written and read, more where a stride
+// gathers from many sectors, at most from one for each element; col2im's loads take longest.
+constexpr double kIm2colPasses = 2, kPassesPerStride = 0.3, kMostPasses = 7, kCol2imPasses = 6;
 constexpr double kLaunchSeconds = 4e-6;
 
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+int64_t aligned(int64_t bytes) { return round_up(bytes, kAlignment); }
 
 DType sum_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -338,16 +340,18 @@ class Im2colGemm final : public Algorithm {
       rate *= kTf32Speedup;
     const double rows = double(p.group_out_channels());
     const double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
-    const double column_bytes =
-        skips_im2col(p) ? 0
-                        : (p.direction == Direction::kBackwardInput ? kCol2imPasses : 2.0) *
-                              double(p.groups * p.taps()) * double(p.batch()) *
-                              double(p.output_pixels()) * double(element_size(columns_dtype(p)));
-    const double chunks = std::max(1.0, column_bytes / 2 / kChunkBytes);
+    const double gathered = kIm2colPasses + kPassesPerStride * double(p.stride.h * p.stride.w);
+    const double passes =
+        p.direction == Direction::kBackwardInput ? kCol2imPasses : std::min(gathered, kMostPasses);
+    const double column_bytes = skips_im2col(p) ? 0
+                                                : double(p.groups * p.taps()) * double(p.batch()) *
+                                                      double(p.output_pixels()) *
+                                                      double(element_size(columns_dtype(p)));
+    const double chunks = std::max(1.0, column_bytes / kChunkBytes);
     // Where neither groups nor images merge into one call, the fewer of them are calls of their
     // own.
     const double calls = p.groups == 1 ? 1.0 : double(std::min(p.groups, p.batch()));
-    return p.flops() * tiles / rate + (column_bytes + p.bytes()) / device.bandwidth +
+    return p.flops() * tiles / rate + (passes * column_bytes + p.bytes()) / device.bandwidth +
            (2 + 2 * chunks + calls) * kLaunchSeconds;
   }
 

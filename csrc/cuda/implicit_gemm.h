@@ -32,13 +32,17 @@ inline constexpr int kMaxDepth = 4;
 // Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each.
 inline constexpr int kGemmColumns[] = {96, 128, 152, 160};
 
+// After so many taps of three products sums are promoted: 18 truncated additions
+// (docs/implicit_gemm.md).
+inline constexpr int kPromotedTaps = 6;
+
 inline constexpr int kConsumers = 2;                 // warpgroups that multiply
 inline constexpr int kConverterWarps = 7;            // and one that streams weights
 inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
 inline constexpr int kMaxKinds = 8;                  // of rows times channels of the result
-inline constexpr int kWeightStageBytes = 8192;         // one to four steps
+inline constexpr int kWeightStageBytes = 8192;       // one to four steps
 inline constexpr int kMaxRawStages = 4;
-inline constexpr int kMaxSourceStages = 4, kMaxWeightStages = 8;
+inline constexpr int kMaxSourceStages = 3, kMaxWeightStages = 4;
 
 // Floats between staged rows: an odd multiple of 8, against bank conflicts.
 constexpr int gemm_stage_pitch(int columns) { return columns / 16 * 16 + 24; }
@@ -173,8 +177,8 @@ struct GemmTile {
   // memory; 2^woven_log horizontal phases are woven together.
   bool neighbours;
   int woven_log;
-  // Results by which neighbouring tiles overlap, less than a sector of memory (8 floats): each row's
-  // border is put where a sector begins. All rows begin at multiples of 8 - overlap.
+  // Results by which neighbouring tiles overlap, less than a sector of memory (8 floats): each
+  // row's border is put where a sector begins. All rows begin at multiples of 8 - overlap.
   int overlap;
   // In boxes: rows of the result are of as many kinds as there are places in a sector where they
   // begin, so are channels, and for every pair of kinds there is a map of the tensor whose rows all
@@ -244,7 +248,8 @@ struct GemmSharedMemory {
     weights = kHeader;
     raw = weights + t.weight_stages * kWeightStageBytes;
     sources = raw + t.raw_stages * t.raw_bytes;
-    staged = (sources + t.source_stages * t.depth * t.plane * cell_bytes(products) + 127) / 128 * 128;
+    staged =
+        (sources + t.source_stages * t.depth * t.plane * cell_bytes(products) + 127) / 128 * 128;
     bytes = staged + kConsumers * 4 * t.staged_halves * t.staged_floats * 4;
   }
 };
@@ -281,7 +286,7 @@ struct GemmOperands {
   uint8_t* packed_weights;
   float* row_scales;
   uint8_t* bad_jobs;
-  CUtensorMap source_map;  // only with GemmTile::bulk
+  CUtensorMap source_map;              // only with GemmTile::bulk
   CUtensorMap result_maps[kMaxKinds];  // only with GemmTile::boxed: [row kind][channel kind]
 };
 void pack_weights(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,

@@ -50,8 +50,8 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
     const GemmJob job = gemm_job(g, t, index);
     __syncwarp();  // all lanes have read the last job's
     note_scales<T>(g, operands, job, index, header.scales[warp]);
-    // Instructions set `sums` before they add to them; zeros here tell the compiler that storing may
-    // have their registers.
+    // Instructions set `sums` before they add to them; zeros here tell the compiler that storing
+    // may have their registers.
     float sums[T::kColumns / 2];
 #pragma unroll
     for (int i = 0; i < T::kColumns / 2; ++i) totals[i] = sums[i] = 0;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
       if (begin == end) continue;
       for (int block = 0; block < g.sum_blocks; block += t.depth) {
         ptx::barrier_wait(&header.source_full[source.index()], source.parity());
-        const float unit = header.source_unit[source.index()] * kSumUnit;
+        const float unit = header.source_unit[source.index()];
         const int steps = min(t.depth, g.sum_blocks - block) * (end - begin);
         ptx::Matrix b = b0 + source.index() * t.depth * t.plane * T::kPlanes;
         for (int step = 0, tap = begin; step < steps;) {

@@ -3,6 +3,7 @@
 
 #include <cuda_fp16.h>
 
+#include "cuda/implicit_gemm_scale.cuh"
 #include "cuda/implicit_gemm_stages.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
@@ -156,29 +157,18 @@ __device__ __forceinline__ void find_channel_max(uint32_t* channel_max, const Ge
   }
 }
 
-struct Scale {
-  float factor;  // what elements are multiplied with
-  float unit;    // what 1 stands for then
-  bool fits;     // all channels
-};
-
-__device__ __forceinline__ Scale choose_scale(const uint32_t* channel_max, const GemmProblem& g,
-                                              const GemmTile& t) {
+__device__ __forceinline__ Scale choose_stage_scale(const uint32_t* channel_max,
+                                                    const GemmProblem& g, const GemmTile& t) {
   const int lane = threadIdx.x % kWarp, channels = t.depth * kSumBlock;
   const uint32_t a = lane < channels ? channel_max[lane] : 0;
   const uint32_t b = lane + kWarp < channels ? channel_max[lane + kWarp] : 0;
   const uint32_t largest = __reduce_max_sync(~0u, max(a, b));
   // Of the channels that are not all zeros: zeros are exact.
   const uint32_t smallest = __reduce_min_sync(~0u, min(a - 1, b - 1));
-  if (largest == 0) return {1, 1, true};
-  constexpr int kBias = 127;
-  const int exponent = int(largest >> 23) - kBias;
-  // Sums are kept in units of the source times at most 2: leave them room at both ends.
-  if (exponent > 109 || exponent < -99) return {0, 0, false};
-  const float factor = __uint_as_float(unsigned(kBias + kLargestExponent - exponent) << 23);
-  const float unit = __uint_as_float(unsigned(kBias - kLargestExponent + exponent) << 23);
-  const bool fits = smallest == ~0u || smallest + 1 >= __float_as_uint(unit * g.smallest);
-  return {factor, unit, fits};
+  Scale scale = choose_scale(largest);
+  scale.fits &=
+      smallest == ~0u || smallest + 1 >= __float_as_uint(scale.magnitude * kHalfUnit * g.smallest);
+  return scale;
 }
 
 __device__ __forceinline__ uint32_t pack(float a, float b) {
@@ -285,12 +275,12 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
       if (--filling == 0) find_next_max();
       continue;
     }
-    const Scale scale = choose_scale(header.channel_max[raw_stage.index()], g, t);
+    const Scale scale = choose_stage_scale(header.channel_max[raw_stage.index()], g, t);
 
     ptx::barrier_wait(&header.source_empty[stage.index()], stage.parity() ^ 1);
     uint4* const converted = reinterpret_cast<uint4*>(shared + memory.sources) +
                              stage.index() * t.depth * t.plane * T::kPlanes;
-    if (converter_thread() == 0) header.source_unit[stage.index()] = scale.unit;
+    if (converter_thread() == 0) header.source_unit[stage.index()] = scale.magnitude * kSumUnit;
     const int skew = t.bulk ? header.raw_skew[raw_stage.index()] : 0;
     const bool fits = convert_source<T>(t, cells(raw_stage), skew, converted, scale.factor,
                                         g.smallest, converter_thread());

@@ -66,8 +66,8 @@ CUtensorMap make_source_map(const GemmProblem& g, const GemmTile& t, const void*
                   {stride[2], stride[1], stride[0]}, box);
 }
 
-// Every row of a kind in every channel of a kind, from where its first sector begins; of its end only
-// whole vectors of 16 bytes, because the copy engine does not write less.
+// Every row of a kind in every channel of a kind, from where its first sector begins; of its end
+// only whole vectors of 16 bytes, because the copy engine does not write less.
 void make_result_maps(const GemmProblem& g, const GemmTile& t, float* result, CUtensorMap* maps) {
   const auto& [size, stride] = g.result;
   const int row_kinds = 1 << t.row_kinds_log, channel_kinds = 1 << t.channel_kinds_log;

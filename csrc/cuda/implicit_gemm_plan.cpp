@@ -9,33 +9,36 @@
 #include <vector>
 
 #include "cuda/implicit_gemm.h"
+#include "integers.h"
 
 namespace convops::cuda {
 namespace {
 
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
 constexpr int kBlocks[] = {1, 2, 4};
-constexpr int kSector = 8;                        // floats that memory writes at once
+constexpr int kSector = 8;                   // floats that memory writes at once
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 80;         // between taps
-constexpr double kSharedFactor = 1.35;     // of shared memory's bandwidth others need, too
-constexpr double kConvertCycles = 50;      // a pass of the converters' threads over a stage
-constexpr double kCopyCycles = 1500;       // the same where they copy cell by cell
-constexpr double kMixedCopyCycles = 2800;  // and several phases of the source mix
-constexpr double kStageCycles = 2200;      // of a stage, whatever its size
-constexpr double kSlotCycles = 22;         // of a row of results
-constexpr double kApartCycles = 0.5;       // of a result that goes alone
-constexpr double kJobCycles = 1400;
+constexpr double kStepCycles = 28;         // between taps
+constexpr double kSharedFactor = 1.0;      // of shared memory's bandwidth others need, too
+constexpr double kPromoteCycles = 86;      // to add up sums in registers
+constexpr double kConvertCycles = 160;     // a pass of the converters' threads over a stage
+constexpr double kCopyCycles = 1560;       // the same where they copy cell by cell
+constexpr double kMixedCopyCycles = 2300;  // and several phases of the source mix
+constexpr double kStageCycles = 3330;      // of a stage, whatever its size
+constexpr double kRowCycles = 450;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 4;        // times as long where they are staged one by one
+constexpr double kRunCycles = 120;         // of a run that is copied by itself
+constexpr double kApartCycles = 0.62;      // of a result that goes alone
+constexpr double kJobCycles = 3640;
 constexpr double kOverlap = 0.3;          // of the shorter of two things at a time is not hidden
-constexpr double kClock = 1.7e9;          // under load
-constexpr double kBandwidthShare = 0.85;  // of the device's peak
-constexpr double kLaunchSeconds = 45e-6;  // three kernels
+constexpr double kClock = 1.79e9;         // under load
+constexpr double kBandwidthShare = 0.89;  // of the device's peak
+constexpr double kLaunchSeconds = 27e-6;  // three kernels
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-int64_t align(int64_t bytes) { return ceil_divide(bytes, 256) * 256; }
+int64_t align(int64_t bytes) { return round_up(bytes, 256); }
 
 GemmAxis make_axis(const ConvProblem& p, bool vertical, int block) {
   const auto side = [&](const Pair& pair) { return int(vertical ? pair.h : pair.w); };
@@ -165,21 +168,22 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
 void set_raw_cells(GemmTile& t, int cells) {
   constexpr int kBoxAlignment = 128;
   t.raw_cells = cells;
-  t.raw_bytes = int(ceil_divide(cells * t.depth * kSumBlock * 4, kBoxAlignment)) * kBoxAlignment;
+  t.raw_bytes = int(round_up(cells * t.depth * kSumBlock * 4, kBoxAlignment));
 }
 
 // As many stages as fit: weights are small, then both halves of the results may leave at a time,
 // then one more source stage hides the converters' work best, then raw stages the memory's latency.
 bool choose_stages(GemmTile& t, int products) {
   t.source_stages = t.raw_stages = 2;
-  t.weight_stages = 4;
-  t.staged_floats = !t.neighbours ? 8 * gemm_stage_pitch(t.columns)
-                    : std::max((8 >> t.woven_log) * t.line,
-                               t.boxed ? t.height * t.box_floats << t.channel_kinds_log : 0);
-  t.staged_floats = int(ceil_divide(t.staged_floats, 32)) * 32;
+  t.weight_stages = kMaxWeightStages;
+  t.staged_floats = !t.neighbours
+                        ? 8 * gemm_stage_pitch(t.columns)
+                        : std::max((8 >> t.woven_log) * t.line,
+                                   t.boxed ? t.height * t.box_floats << t.channel_kinds_log : 0);
+  t.staged_floats = int(round_up(t.staged_floats, 32));
   t.staged_halves = 1;
   const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
-  if (!fits()) t.weight_stages = 3;
+  if (!fits()) --t.weight_stages;
   if (!fits()) return false;
   const auto grow = [&](int& stages, int most) {
     while (stages < most) {
@@ -191,7 +195,7 @@ bool choose_stages(GemmTile& t, int products) {
   };
   grow(t.staged_halves, 2);
   grow(t.raw_stages, 3);
-  grow(t.source_stages, 3);
+  grow(t.source_stages, kMaxSourceStages);
   grow(t.raw_stages, kMaxRawStages);
   return true;
 }
@@ -219,13 +223,12 @@ bool boxes_pay(const GemmProblem& g, const GemmTile& t) {
   const auto& [size, stride] = g.result;
   const int channels = 8 >> t.woven_log, channel_kinds = 1 << t.channel_kinds_log;
   const int row_kinds = 1 << t.row_kinds_log, kinds = row_kinds * channel_kinds;
-  const bool whole = g.rows % channels == 0 ||
-                     (g.groups == 1 && (g.row_classes > 1 || g.h.block == 1));
+  const bool whole =
+      g.rows % channels == 0 || (g.groups == 1 && (g.row_classes > 1 || g.h.block == 1));
   return t.neighbours && whole && kinds <= kMaxKinds && channel_kinds <= channels &&
          stride[0] % kSector == 0 && stride[0] > 0 && stride[1] > 0 && stride[2] > 0 &&
-         (kinds == 1 || size[3] >= kShortRow) && size[2] >= row_kinds &&
-         size[1] >= channel_kinds && t.box_width <= kLargestBox &&
-         t.height * channel_kinds <= kMostBoxes;
+         (kinds == 1 || size[3] >= kShortRow) && size[2] >= row_kinds && size[1] >= channel_kinds &&
+         t.box_width <= kLargestBox && t.height * channel_kinds <= kMostBoxes;
 }
 
 // The tile for a row of cells cut in `parts`; false if it does not fit.
@@ -275,22 +278,22 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   t.bulk = bulk && !t.straddles && t.raw_pitch <= kLargestBox && source_rows <= kLargestBox;
   set_raw_cells(t, source_rows * t.raw_pitch);
   if (!t.bulk) copy_by_cells(t);
-  t.box_width = int(ceil_divide(t.step << t.woven_log, kSector)) * kSector;
+  t.box_width = int(round_up(t.step << t.woven_log, kSector));
   // Boxes begin at multiples of 128 bytes.
   const int box = t.box_width * (8 >> t.woven_log) >> t.channel_kinds_log;
-  t.box_floats = int(ceil_divide(box, 32)) * 32;
+  t.box_floats = int(round_up(box, 32));
   t.boxed = boxes_pay(g, t);
   t.has_edges = t.overlap > 0 || g.result.size[3] % 4 != 0;
   // Rows that follow each other leave at once, but where another image begins.
   t.joined = t.neighbours && block == 1 && g.h.block == 1 && t.tiles_w == 1 &&
              stride[2] == g.result.size[3];
-  t.runs = !t.joined       ? t.height
+  t.runs = !t.joined      ? t.height
            : !t.straddles ? 1
                           : 1 + int(ceil_divide(t.height - 1, t.image_rows));
   // Slots of whole vectors, with room for where the row begins. Lines are apart from each other's
   // banks.
   constexpr int kSkew = 3;
-  t.slot = t.joined ? t.width : int(ceil_divide((t.width << t.woven_log) + kSkew, 4)) * 4;
+  t.slot = t.joined ? t.width : int(round_up((t.width << t.woven_log) + kSkew, 4));
   const int line = t.height * t.slot + (t.joined ? kSkew * (t.runs + 1) : 0);
   t.line = int(ceil_divide(line + 8, 16)) * 16 - 8;
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
@@ -306,8 +309,8 @@ std::vector<int> row_parts(int cells_w, int columns) {
   const int64_t fewest = ceil_divide(cells_w, columns);
   const int64_t most = std::min<int64_t>(cells_w, kMostRows * (fewest + 1));
   for (int64_t parts = fewest; parts <= most; parts += std::max<int64_t>(1, fewest / kTries)) {
-    const bool same = !result.empty() &&
-                      ceil_divide(cells_w, parts) == ceil_divide(cells_w, result.back());
+    const bool same =
+        !result.empty() && ceil_divide(cells_w, parts) == ceil_divide(cells_w, result.back());
     if (!same) result.push_back(int(parts));
   }
   return result;
@@ -327,7 +330,10 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
       const int taps = g.tap_count(r, s);
       if (taps == 0) continue;
       stages += double(ceil_divide(g.sum_blocks, t.depth));
-      multiply += g.sum_blocks * taps * (g.products * instruction + kStepCycles);
+      const int steps = std::min(t.depth, g.sum_blocks) * taps;  // of a stage
+      const int promoted = g.products == 3 ? std::min(kPromotedTaps, steps) : steps;
+      multiply += g.sum_blocks * taps *
+                  (g.products * instruction + kStepCycles + kPromoteCycles / promoted);
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / (kConverterWarps * 32));
     const double convert = stages * (passes * (kConvertCycles + (t.bulk  ? 0
@@ -335,11 +341,13 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
                                                                          : kCopyCycles)) +
                                      kStageCycles);
     const double rows = double(g.class_rows) / t.row_blocks;
+    // By each consumer warp, of its 16 rows.
+    const double staging = t.height * kRowCycles * (t.paired ? 1 : kUnpairedRows);
+    const double runs = t.boxed ? 0 : (16 >> t.woven_log) * t.runs * kRunCycles;
     const double store =
-        rows * t.tile_rows *
-        (t.neighbours ? kSlotCycles / (1 << t.woven_log) : t.width * kApartCycles);
-    cycles += t.row_blocks * (std::max(multiply, convert) + kOverlap * std::min(multiply, convert) +
-                              store + kJobCycles);
+        t.neighbours ? staging + runs : rows * t.tile_rows * t.width * kApartCycles;
+    const double consume = multiply + store + kJobCycles;
+    cycles += t.row_blocks * (std::max(consume, convert) + kOverlap * std::min(consume, convert));
   }
   cycles *= g.groups;
   const double mean = cycles / t.units;

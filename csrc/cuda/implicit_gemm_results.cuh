@@ -61,8 +61,7 @@ struct ResultRows {
     return -(kind * int(g.result.stride[1]) + h * int(g.result.stride[2])) & t.overlap;
   }
   // The tensor's row that this is; -1 where it has none.
-  __device__ int find(const GemmProblem& g, const GemmTile& t, const RowPlace& place,
-                      int r) const {
+  __device__ int find(const GemmProblem& g, const GemmTile& t, const RowPlace& place, int r) const {
     const int below = images_below(t, r), cell = row + r - below * t.image_rows;
     const int h = cell * g.h.block + place.phase_h;
     return place.channel >= 0 && image + below < g.images && cell < g.cells_h &&
@@ -159,8 +158,7 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
     const int first = r * t.pitch << t.woven_log, shift = rows.shift(g, t, place, r, lane.line);
     const int tail = shift + (width - shift) / 4 * 4;
     float* const row = result + rows.offset(t, place, r) + lane.line * g.result.stride[1];
-    if (begin == 0)
-      stage_row<T, false>(row, first, shift, t.woven_log, lane.phase, half, totals);
+    if (begin == 0) stage_row<T, false>(row, first, shift, t.woven_log, lane.phase, half, totals);
     if (last)
       stage_row<T, false>(row + tail - begin, first + tail - begin, width - tail, t.woven_log,
                           lane.phase, half, totals);
@@ -233,8 +231,8 @@ __device__ __forceinline__ void copy_lines(const GemmProblem& g, const GemmTile&
   }
 }
 
-// Writes the results of eight rows one by one; the rows side by side, because in channels_last those
-// are neighbours.
+// Writes the results of eight rows one by one; the rows side by side, because in channels_last
+// those are neighbours.
 template <typename T>
 __device__ __forceinline__ void store_apart(const GemmProblem& g, const GemmTile& t,
                                             const GemmJob& job, const ResultRows& rows, int row,

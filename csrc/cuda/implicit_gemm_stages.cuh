@@ -14,12 +14,9 @@ constexpr int kConverterThreads = kConverterWarps * kWarp;
 constexpr int kThreads = kConsumerThreads + kWarp + kConverterThreads;
 static_assert(kThreads == 512);
 
-// 6 taps of three products are 18 truncated additions (docs/implicit_gemm.md).
-constexpr int kPromotedTaps = 6;
-// Halves of a source stage and of a row reach up to 2^14 ≤ largest < 2^15; sums are kept in the
-// source's own scale, as if the row's largest weight were 1 to 2.
-constexpr int kLargestExponent = 14;
-constexpr float kSumUnit = 0x1p-14f;
+// What 1 stands for where the largest magnitude is 1 to 2; and 1 of the sums of two such operands,
+// which are kept as if the row's largest weight were 1 to 2.
+constexpr float kHalfUnit = 0x1p-14f, kSumUnit = 0x1p-28f;
 
 template <int kProducts_, int kRowTile_, int kColumns_>
 struct Traits {
@@ -31,7 +28,8 @@ struct Traits {
   static constexpr int kStagePitch = gemm_stage_pitch(kColumns);
   // Of a stage: what is done once a stage counts for less where steps are short.
   static constexpr int kSteps = kWeightStageBytes / kWeightBytes;
-  static_assert(kProducts != 3 || kPromotedTaps % kSteps == 0, "stages end where sums are promoted");
+  static_assert(kProducts != 3 || kPromotedTaps % kSteps == 0,
+                "stages end where sums are promoted");
   // Two accumulators and addresses for 256 threads, what is left for the other 256.
   static constexpr int kConsumerRegisters = kColumns > 152 ? 208 : 200;
   static constexpr int kProducerRegisters = 256 - kConsumerRegisters;
@@ -48,13 +46,13 @@ struct SumPlace {
 struct Header {
   uint64_t weights_full[kMaxWeightStages], weights_empty[kMaxWeightStages];
   uint64_t source_full[kMaxSourceStages], source_empty[kMaxSourceStages];
-  float source_unit[kMaxSourceStages];  // what 1 in the stage stands for
+  float source_unit[kMaxSourceStages];  // what 1 in the sums stands for
   uint64_t raw_full[kMaxRawStages];     // this and the next only with bulk copies
-  float2 scales[kConsumers * 4][16];  // and biases of every consumer warp's rows
+  float2 scales[kConsumers * 4][16];    // and biases of every consumer warp's rows
   int raw_skew[kMaxRawStages];
-  int raw_job[kMaxRawStages];  // whose cells a stage holds
+  int raw_job[kMaxRawStages];                                  // whose cells a stage holds
   uint32_t channel_max[kMaxRawStages][kMaxDepth * kSumBlock];  // bits of |x|
-  SumPlace sum_places[kMaxDepth * kSumBlock];   // of the stage being copied, with mixed phases
+  SumPlace sum_places[kMaxDepth * kSumBlock];  // of the stage being copied, with mixed phases
 };
 static_assert(sizeof(Header) <= GemmSharedMemory::kHeader);
 

@@ -11,29 +11,18 @@
 
 #include "cuda/check.h"
 #include "cuda/implicit_gemm.h"
+#include "cuda/implicit_gemm_scale.cuh"
 
 namespace convops::cuda {
 namespace {
 
+using implicit_gemm::choose_scale;
+using implicit_gemm::Scale;
+
 constexpr int kThreads = 256;
-constexpr int kLargestExponent = 14, kBias = 127;  // of fp16's range, as in the source stages
 // Random weights have a few channels below GemmProblem::smallest, which do no harm; many are no
 // accident.
 constexpr int kRareChannels = 64;  // one in so many
-
-struct RowScale {
-  float factor;     // what weights are multiplied with
-  float row_scale;  // the power of two just under the largest
-  bool fits;
-};
-
-__device__ RowScale choose_scale(uint32_t largest) {
-  if (largest == 0) return {1, 1, true};
-  const int exponent = int(largest >> 23) - kBias;
-  if (exponent > 109 || exponent < -99) return {0, 0, false};  // NaN and Inf are above, too
-  return {__uint_as_float(unsigned(kBias + kLargestExponent - exponent) << 23),
-          __uint_as_float(unsigned(kBias + exponent) << 23), true};
-}
 
 // Bits of the largest |w| of a channel of the sum.
 __device__ uint32_t channel_max(const GemmProblem& g, const float* weight, int k) {
@@ -51,7 +40,7 @@ __device__ uint32_t channel_max(const GemmProblem& g, const float* weight, int k
 }
 
 // The scale of a row; by all threads of the block.
-__device__ RowScale find_scale(const GemmProblem& g, const float* weight) {
+__device__ Scale find_scale(const GemmProblem& g, const float* weight) {
   uint32_t largest = 0;
   for (int k = threadIdx.x; k < g.sums; k += kThreads)
     largest = max(largest, channel_max(g, weight, k));
@@ -60,7 +49,7 @@ __device__ RowScale find_scale(const GemmProblem& g, const float* weight) {
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = largest;
   __syncthreads();
   for (const uint32_t other : warps) largest = max(largest, other);
-  RowScale scale = choose_scale(largest);
+  Scale scale = choose_scale(largest);
 
   int tiny = 0;
   for (int first = 0; first < g.sums; first += kThreads) {
@@ -105,10 +94,9 @@ __global__ void __launch_bounds__(kThreads)
   const int channel = blockIdx.x, group = blockIdx.y;
   const float* const weight =
       operands.weight + group * g.weight_group_stride + channel * g.weight_row_stride;
-  const RowScale scale = find_scale(g, weight);
+  const Scale scale = find_scale(g, weight);
   if (threadIdx.x == 0)
-    operands.row_scales[group * g.rows + channel] =
-        scale.fits ? scale.row_scale : -scale.row_scale;
+    operands.row_scales[group * g.rows + channel] = scale.fits ? scale.magnitude : -scale.magnitude;
   const int blocks = gridDim.x * gridDim.y, block = group * gridDim.x + channel;
   for (int i = block * kThreads + threadIdx.x; i < t.jobs; i += blocks * kThreads)
     operands.bad_jobs[i] = 0;

@@ -42,8 +42,8 @@ __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap* m
                                     destination, map, place, barrier);
 }
 
-// Multiples of 16 bytes, or a box, from shared to global memory, by one thread; it commits its copies
-// in groups and waits until all but kPending groups have been read, or all are written.
+// Multiples of 16 bytes, or a box, from shared to global memory, by one thread; it commits its
+// copies in groups and waits until all but kPending groups have been read, or all are written.
 __device__ __forceinline__ void store_bulk(void* destination, const void* source, uint32_t bytes) {
   ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_global, ::cuda::ptx::space_shared, destination,
                              source, bytes);

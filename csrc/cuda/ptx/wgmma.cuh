@@ -54,8 +54,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define CONVOPS_D5 CONVOPS_D3, CONVOPS_D(4), CONVOPS_D(5)
 #define CONVOPS_D7 CONVOPS_D5, CONVOPS_D(6), CONVOPS_D(7)
 #define CONVOPS_D9 CONVOPS_D7, CONVOPS_D(8), CONVOPS_D(9)
-#define CONVOPS_D8H \
-  CONVOPS_D7, CONVOPS_D(8), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75])
+#define CONVOPS_D8H CONVOPS_D7, CONVOPS_D(8), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75])
 
 // `accumulate` 0 starts a sum: D = A · B. Operand numbers follow the N / 2 registers.
 #define CONVOPS_WGMMA(n, registers, outputs, a_number, b_number, accumulate_number)              \
