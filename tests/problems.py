@@ -204,10 +204,11 @@ HUGE = [
 ]
 
 # Real layers made small enough for a CPU in a test.
-SMALL = ODD + WIDE + [
+SCALED = [
     problem.scaled(20_000)
     for problem in [*KERNELBENCH, RESNET50[0], *DEPTHWISE[:-1], *GROUPED, *DILATED]
 ]
+SMALL = ODD + WIDE + SCALED
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
