@@ -171,8 +171,8 @@ void set_raw_cells(GemmTile& t, int cells) {
   t.raw_bytes = int(round_up(cells * t.depth * kSumBlock * 4, kBoxAlignment));
 }
 
-// As many stages as fit: weights are small, then both halves of the results may leave at a time,
-// then one more source stage hides the converters' work best, then raw stages the memory's latency.
+// As many stages as fit: first those in which both halves of the results leave at a time, then raw
+// ones for the memory's latency, then source stages for the converters'.
 bool choose_stages(GemmTile& t, int products) {
   t.source_stages = t.raw_stages = 2;
   t.weight_stages = kMaxWeightStages;

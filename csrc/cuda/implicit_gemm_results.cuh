@@ -142,8 +142,8 @@ __device__ __forceinline__ void stage_boxes(const GemmProblem& g, const GemmTile
 }
 
 // What no box has is written directly: at the begin of a row of the tensor what lies before the
-// first border, at its end what is no whole vector of 16 bytes, because the copy engine does not
-// write less.
+// first border, at its end what the last tile has besides its box, and what is no whole vector of 16
+// bytes, because the copy engine does not write less.
 template <typename T>
 __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile& t,
                                             const GemmJob& job, const LaneRow& lane,
@@ -156,12 +156,12 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
   for (int r = 0; r < t.height; ++r) {
     if (rows.find(g, t, place, r) < 0) continue;
     const int first = r * t.pitch << t.woven_log, shift = rows.shift(g, t, place, r, lane.line);
-    const int tail = shift + (width - shift) / 4 * 4;
     float* const row = result + rows.offset(t, place, r) + lane.line * g.result.stride[1];
     if (begin == 0) stage_row<T, false>(row, first, shift, t.woven_log, lane.phase, half, totals);
-    if (last)
-      stage_row<T, false>(row + tail - begin, first + tail - begin, width - tail, t.woven_log,
-                          lane.phase, half, totals);
+    if (!last) continue;
+    const int tail = min(shift + (width - shift) / 4 * 4 - begin, shift + t.box_width);
+    stage_row<T, false>(row + tail, first + tail, width - begin - tail, t.woven_log, lane.phase,
+                        half, totals);
   }
 }
 

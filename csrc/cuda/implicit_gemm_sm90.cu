@@ -3,9 +3,8 @@
 // A persistent block of 16 warps walks over jobs (a block of rows on a tile of cells, see
 // implicit_gemm.h); its warps pass data on through rings of stages in shared memory:
 //
-//   converters  7 warps  source → raw ring (bulk copies, or cp.async for any strides; zeros
-//   outside)
-//                        → scaled, rounded or split into fp16 → source ring
+//   converters  7 warps  source → raw ring (bulk copies or cp.async) → scaled, rounded or split
+//                        into fp16 → source ring
 //   streamer    1 warp   packed weights → weight ring (bulk copies)
 //   consumers   8 warps  two warpgroups: source ring × weight ring → registers → result
 //

@@ -48,10 +48,11 @@ struct Header {
   uint64_t source_full[kMaxSourceStages], source_empty[kMaxSourceStages];
   float source_unit[kMaxSourceStages];  // what 1 in the sums stands for
   uint64_t raw_full[kMaxRawStages];     // this and the next only with bulk copies
-  float2 scales[kConsumers * 4][16];    // and biases of every consumer warp's rows
   int raw_skew[kMaxRawStages];
-  int raw_job[kMaxRawStages];                                  // whose cells a stage holds
-  uint32_t channel_max[kMaxRawStages][kMaxDepth * kSumBlock];  // bits of |x|
+  int raw_job[kMaxRawStages];         // whose cells a stage holds
+  float2 scales[kConsumers * 4][16];  // and biases of every consumer warp's rows
+  // Bits of |x|.
+  uint32_t channel_max[kMaxRawStages][kMaxDepth * kSumBlock];
   SumPlace sum_places[kMaxDepth * kSumBlock];  // of the stage being copied, with mixed phases
 };
 static_assert(sizeof(Header) <= GemmSharedMemory::kHeader);
