@@ -192,7 +192,8 @@ ODD = [
 WIDE = [
     Problem("rows_of_66", 2, 16, 20, 68, 24, (3, 3), bias=True),
     Problem("rows_of_68", 2, 8, 16, 70, 16, (1, 3)),
-    Problem("rows_of_126", 1, 32, 8, 126, 24, (3, 3), padding=(1, 1), bias=True),
+    Problem("rows_of_70", 1, 8, 8, 70, 16, (3, 3), padding=(1, 1), bias=True),
+    Problem("rows_of_76", 1, 8, 8, 78, 16, (3, 3)),
     Problem("rows_of_331", 1, 8, 16, 331, 17, (3, 3), padding=(1, 1), bias=True),
     Problem("rows_of_332_grouped", 2, 32, 10, 334, 32, (3, 3), groups=2),
     Problem("rows_of_330_strided", 1, 6, 17, 661, 10, (3, 3), (2, 2), (1, 1)),

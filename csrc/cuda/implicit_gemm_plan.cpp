@@ -20,21 +20,21 @@ constexpr int kSector = 8;                   // floats that memory writes at onc
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 28;         // between taps
-constexpr double kSharedFactor = 1.0;      // of shared memory's bandwidth others need, too
-constexpr double kPromoteCycles = 86;      // to add up sums in registers
-constexpr double kConvertCycles = 160;     // a pass of the converters' threads over a stage
-constexpr double kCopyCycles = 1560;       // the same where they copy cell by cell
-constexpr double kMixedCopyCycles = 2300;  // and several phases of the source mix
+constexpr double kStepCycles = 17;         // between taps
+constexpr double kPromoteCycles = 145;     // to add up sums in registers
+constexpr double kConvertCycles = 172;     // a pass of the converters' threads over a stage
+constexpr double kCopyCycles = 1450;       // the same where they copy cell by cell
+constexpr double kMixedCopyCycles = 2160;  // and several phases of the source mix
+constexpr double kStraddle = 1.2;          // times as long where tiles lie across images
 constexpr double kStageCycles = 3330;      // of a stage, whatever its size
-constexpr double kRowCycles = 450;         // of a row of the tile: to stage its results
+constexpr double kRowCycles = 460;         // of a row of the tile: to stage its results
 constexpr double kUnpairedRows = 4;        // times as long where they are staged one by one
-constexpr double kRunCycles = 120;         // of a run that is copied by itself
-constexpr double kApartCycles = 0.62;      // of a result that goes alone
-constexpr double kJobCycles = 3640;
-constexpr double kOverlap = 0.3;          // of the shorter of two things at a time is not hidden
-constexpr double kClock = 1.79e9;         // under load
-constexpr double kBandwidthShare = 0.89;  // of the device's peak
+constexpr double kRunCycles = 96;          // of a run that is copied by itself
+constexpr double kApartCycles = 0.64;      // of a result that goes alone
+constexpr double kJobCycles = 3880;
+constexpr double kOverlap = 0.31;         // of the shorter of two things at a time is not hidden
+constexpr double kClock = 1.77e9;         // under load
+constexpr double kBandwidthShare = 0.95;  // of the device's peak
 constexpr double kLaunchSeconds = 27e-6;  // three kernels
 
 int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
@@ -318,13 +318,9 @@ std::vector<int> row_parts(int cells_w, int columns) {
 
 double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
   const bool mixed = g.sum_classes == 1 && g.h.phases * g.w.phases > 1;
-  // Of both warpgroups: the tensor cores' time, or shared memory's for narrow tiles, whose weights
-  // are read for few cells.
-  const double instruction =
-      std::max(double(t.columns), 2 * kSharedFactor * (16 + t.columns / 4.0));
   double cycles = 0;  // of the units of one tile of cells
   for (int r = 0; r < g.row_classes; ++r) {
-    double multiply = 0;
+    double multiply = 0;  // of both warpgroups, who share the tensor cores
     double stages = 0;
     for (int s = 0; s < g.sum_classes; ++s) {
       const int taps = g.tap_count(r, s);
@@ -332,14 +328,13 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
       stages += double(ceil_divide(g.sum_blocks, t.depth));
       const int steps = std::min(t.depth, g.sum_blocks) * taps;  // of a stage
       const int promoted = g.products == 3 ? std::min(kPromotedTaps, steps) : steps;
-      multiply += g.sum_blocks * taps *
-                  (g.products * instruction + kStepCycles + kPromoteCycles / promoted);
+      multiply +=
+          g.sum_blocks * taps * (g.products * t.columns + kStepCycles + kPromoteCycles / promoted);
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / (kConverterWarps * 32));
-    const double convert = stages * (passes * (kConvertCycles + (t.bulk  ? 0
-                                                                 : mixed ? kMixedCopyCycles
-                                                                         : kCopyCycles)) +
-                                     kStageCycles);
+    const double copy = (mixed ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddle : 1);
+    const double convert =
+        stages * (kStageCycles + passes * kConvertCycles + (t.bulk ? 0 : passes * copy));
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
     const double staging = t.height * kRowCycles * (t.paired ? 1 : kUnpairedRows);

@@ -142,8 +142,8 @@ __device__ __forceinline__ void stage_boxes(const GemmProblem& g, const GemmTile
 }
 
 // What no box has is written directly: at the begin of a row of the tensor what lies before the
-// first border, at its end what the last tile has besides its box, and what is no whole vector of 16
-// bytes, because the copy engine does not write less.
+// first border, at its end what the last tile has besides its box, and what is no whole vector of
+// 16 bytes, because the copy engine does not write less.
 template <typename T>
 __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile& t,
                                             const GemmJob& job, const LaneRow& lane,
