@@ -9,6 +9,7 @@
 // the workspace first. For TF32 cuBLAS rounds the operands to nearest itself (measured; the tests
 // hold it to that).
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/algorithms.h"
 #include "cuda/gemm.h"
@@ -34,8 +35,11 @@ constexpr int64_t kAlignment = 256;
 constexpr double kGemmFraction = 0.75;
 constexpr double kTf32Speedup = 6.0, kHalfSpeedup = 12.0, kDoubleSpeedup = 0.5;
 constexpr double kTileRows = 64;
+// In TF32 a tile has so many pixels of an image, and the rest is wasted.
+constexpr double kTilePixels = 128;
 // The columns' trips through memory, as measured on an H200: written and read, more where a stride
-// gathers from many sectors, at most from one for each element; col2im's loads take longest.
+// gathers from many sectors, at most from one for each element; with a stride col2im's loads are
+// far apart, too.
 constexpr double kIm2colPasses = 2, kPassesPerStride = 0.3, kMostPasses = 7, kCol2imPasses = 6;
 constexpr double kLaunchSeconds = 4e-6;
 
@@ -339,10 +343,15 @@ class Im2colGemm final : public Algorithm {
     else if (p.precision == Precision::kTf32)
       rate *= kTf32Speedup;
     const double rows = double(p.group_out_channels());
-    const double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
-    const double gathered = kIm2colPasses + kPassesPerStride * double(p.stride.h * p.stride.w);
-    const double passes =
-        p.direction == Direction::kBackwardInput ? kCol2imPasses : std::min(gathered, kMostPasses);
+    double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
+    if (p.dtype == DType::kFloat32 && p.precision == Precision::kTf32) {
+      const double pixels = double(std::max<int64_t>(1, p.output_pixels()));
+      tiles *= std::ceil(pixels / kTilePixels) * kTilePixels / pixels;
+    }
+    const double stride = double(p.stride.h * p.stride.w);
+    const double passes = p.direction == Direction::kBackwardInput
+                              ? kCol2imPasses * stride
+                              : std::min(kIm2colPasses + kPassesPerStride * stride, kMostPasses);
     const double column_bytes = skips_im2col(p) ? 0
                                                 : double(p.groups * p.taps()) * double(p.batch()) *
                                                       double(p.output_pixels()) *
