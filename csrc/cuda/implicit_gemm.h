@@ -173,16 +173,16 @@ struct GemmTile {
   int units;       // blocks of rows in all groups and classes: jobs on the same source tile
   int jobs;
   int source_cells;  // of a tile, with what the taps reach
-  // Results leave through shared memory, eight rows of a warp at a time, if they are neighbours in
-  // memory; 2^woven_log horizontal phases are woven together.
+  // Results leave through shared memory, eight rows of a warp at a time: one by one, or, where they
+  // are neighbours in memory, many at a time, 2^woven_log horizontal phases woven together.
   bool neighbours;
   int woven_log;
   // Results by which neighbouring tiles overlap, less than a sector of memory (8 floats): each
   // row's border is put where a sector begins. All rows begin at multiples of 8 - overlap.
   int overlap;
-  // In boxes: rows of the result are of as many kinds as there are places in a sector where they
-  // begin, so are channels, and for every pair of kinds there is a map of the tensor whose rows all
-  // begin at a border.
+  // In boxes, where those are few: rows of the result are of as many kinds as there are places in a
+  // sector where they begin, so are channels, and for every pair of kinds there is a map of the
+  // tensor whose rows all begin at a border.
   bool boxed;
   int row_kinds_log, channel_kinds_log;
   int box_width, box_floats;  // of a channel's results, of a box in shared memory

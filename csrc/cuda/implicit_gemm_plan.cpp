@@ -217,7 +217,8 @@ void describe_results(const GemmProblem& g, GemmTile& t) {
 }
 
 // Whether the results of eight rows can leave as boxes: whole channels of one vertical phase, whose
-// rows begin at few different places in a sector. Where rows are short, lines are better.
+// rows begin at few different places in a sector (every kind's map is a kernel parameter). Of rows
+// that are short and begin inside a sector too much would be no box's.
 bool boxes_pay(const GemmProblem& g, const GemmTile& t) {
   constexpr int kLargestBox = 256, kShortRow = 64, kMostBoxes = 32;  // a box a lane
   const auto& [size, stride] = g.result;
