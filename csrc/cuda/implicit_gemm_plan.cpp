@@ -274,8 +274,12 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
   const int source_rows = t.tile_rows + g.h.shifts - 1;
   constexpr int kLargestBox = 256;
-  // A row may begin up to three cells before the tile.
-  t.raw_pitch = int(ceil_divide(t.pitch + 3, 4) * 4);
+  // A row begins at a multiple of 16 bytes, up to three cells before the tile: as many for every
+  // tile where tiles are whole vectors.
+  constexpr int kVector = 4;
+  const bool same = t.tiles_w == 1 || t.step % kVector == 0;
+  const int before = same ? g.w.first & (kVector - 1) : kVector - 1;
+  t.raw_pitch = int(round_up(t.pitch + before, kVector));
   t.bulk = bulk && !t.straddles && t.raw_pitch <= kLargestBox && source_rows <= kLargestBox;
   set_raw_cells(t, source_rows * t.raw_pitch);
   if (!t.bulk) copy_by_cells(t);
