@@ -20,7 +20,7 @@ namespace {
 // Planning takes up to a millisecond, so plans are kept; emptied when full.
 constexpr size_t kMaximumCachedPlans = 4096;
 
-constexpr uintptr_t kBulkAlignment = 16;
+constexpr uintptr_t kBulkAlignment = kVector * sizeof(float);
 
 class ImplicitGemm final : public Algorithm {
  public:

@@ -7,8 +7,8 @@
 //
 //   result(row m, cell)  =  Σ over k, taps:  weight(m, k, tap) · source(k, cell + tap)
 //
-//   row m = (phase of the result, result channel)      sum k = (phase of the source, source
-//   channel)
+//   row m = (phase of the result, result channel)
+//   sum k = (phase of the source, source channel)
 //
 // Forward: a cell's side is `block` results and `block · stride` sources. Backward-input of stride
 // s turns round: `block · s` results and `block` sources. So strides cost no arithmetic, blocks
@@ -39,10 +39,11 @@ inline constexpr int kPromotedTaps = 6;
 inline constexpr int kConsumers = 2;                 // warpgroups that multiply
 inline constexpr int kConverterWarps = 7;            // and one that streams weights
 inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
+inline constexpr int kSector = 8;                    // floats that memory writes at once
+inline constexpr int kVector = 4;                    // floats the copy engine's places are whole in
 inline constexpr int kMaxKinds = 8;                  // of rows times channels of the result
 inline constexpr int kWeightStageBytes = 8192;       // one to four steps
-inline constexpr int kMaxRawStages = 4;
-inline constexpr int kMaxSourceStages = 3, kMaxWeightStages = 4;
+inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages = 4;
 
 // Floats between staged rows: an odd multiple of 8, against bank conflicts.
 constexpr int gemm_stage_pitch(int columns) { return columns / 16 * 16 + 24; }
@@ -203,6 +204,10 @@ struct GemmTile {
   int plane;                 // cells between planes in shared memory
   int raw_stages, source_stages, weight_stages;
   Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_runs;
+
+  // Results from a place in the tensor to where tiles may meet next: the border of a sector. To
+  // write a part of one costs as much as several whole ones.
+  CONVOPS_HOST_DEVICE int to_border(int offset) const { return -offset & overlap; }
 };
 
 // A job of the main kernel: a block of rows on a tile of cells.

@@ -76,11 +76,14 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
               b = b + t.plane * T::kPlanes;
             }
           };
+          const auto next_weights = [&] {
+            ptx::barrier_wait(&header.weights_full[weights.index()], weights.parity());
+            return a0 + weights.index() * (kWeightStageBytes / 16);
+          };
           // Whole stages of weights, then what is left.
 #pragma unroll 1
           while (i + T::kSteps <= promoted) {
-            ptx::barrier_wait(&header.weights_full[weights.index()], weights.parity());
-            const ptx::Matrix a = a0 + weights.index() * (kWeightStageBytes / 16);
+            const ptx::Matrix a = next_weights();
             ptx::wgmma_fence();
 #pragma unroll
             for (int j = 0; j < T::kSteps; ++j) multiply_next(a + j * (T::kWeightBytes / 16));
@@ -90,8 +93,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
             if (i > T::kSteps) release_weights();
           }
           if (T::kSteps > 1 && i < promoted) {
-            ptx::barrier_wait(&header.weights_full[weights.index()], weights.parity());
-            ptx::Matrix a = a0 + weights.index() * (kWeightStageBytes / 16);
+            ptx::Matrix a = next_weights();
 #pragma unroll 1
             do {
               ptx::wgmma_fence();

@@ -7,6 +7,7 @@
 
 #include "cuda/check.h"
 #include "cuda/implicit_gemm.h"
+#include "integers.h"
 
 namespace convops::cuda {
 namespace {
@@ -50,7 +51,7 @@ CUtensorMap make_map(const void* tensor, const std::array<int64_t, 4>& sizes,
 
 // A cell must be an element, rows dense, and every stride a multiple of 16 bytes.
 bool can_copy_bulk(const GemmProblem& g) {
-  constexpr int64_t kVector = 4, kMaxStride = int64_t{1} << 38;
+  constexpr int64_t kMaxStride = int64_t{1} << 38;
   const auto& stride = g.source.stride;
   const auto fits = [&](int i) {
     return stride[i] % kVector == 0 && stride[i] > 0 && stride[i] < kMaxStride;
@@ -74,11 +75,12 @@ void make_result_maps(const GemmProblem& g, const GemmTile& t, float* result, CU
   const int box[4] = {t.box_width, 1, (8 >> t.woven_log) / channel_kinds, 1};
   for (int row = 0; row < row_kinds; ++row)
     for (int channel = 0; channel < channel_kinds; ++channel) {
-      const int64_t first = row * stride[2] + channel * stride[1], left_out = -first & t.overlap;
+      const int64_t first = row * stride[2] + channel * stride[1],
+                    left_out = t.to_border(int(first));
       maps[row * channel_kinds + channel] =
           make_map(result + first + left_out,
-                   {(size[3] - left_out) / 4 * 4, (size[2] - row + row_kinds - 1) / row_kinds,
-                    (size[1] - channel + channel_kinds - 1) / channel_kinds, size[0]},
+                   {(size[3] - left_out) / kVector * kVector, ceil_divide(size[2] - row, row_kinds),
+                    ceil_divide(size[1] - channel, channel_kinds), size[0]},
                    {row_kinds * stride[2], channel_kinds * stride[1], stride[0]}, box);
     }
 }

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
 constexpr int kBlocks[] = {1, 2, 4};
-constexpr int kSector = 8;                   // floats that memory writes at once
+constexpr int kLargestBox = 256;             // the copy engine's, along any side
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
@@ -220,7 +220,7 @@ void describe_results(const GemmProblem& g, GemmTile& t) {
 // rows begin at few different places in a sector (every kind's map is a kernel parameter). Of rows
 // that are short and begin inside a sector too much would be no box's.
 bool boxes_pay(const GemmProblem& g, const GemmTile& t) {
-  constexpr int kLargestBox = 256, kShortRow = 64, kMostBoxes = 32;  // a box a lane
+  constexpr int kShortRow = 64, kMostBoxes = 32;  // a box a lane
   const auto& [size, stride] = g.result;
   const int channels = 8 >> t.woven_log, channel_kinds = 1 << t.channel_kinds_log;
   const int row_kinds = 1 << t.row_kinds_log, kinds = row_kinds * channel_kinds;
@@ -262,8 +262,7 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   const int64_t straddling = ceil_divide(straddling_rows, t.tile_rows);
   t.straddles = straddles;
   if (straddles && straddling >= apart) return false;
-  t.image_rows = t.straddles ? g.cells_h + g.h.shifts - 1
-                             : int(ceil_divide(g.cells_h, t.tile_rows) * t.tile_rows);
+  t.image_rows = t.straddles ? g.cells_h + g.h.shifts - 1 : int(round_up(g.cells_h, t.tile_rows));
   t.tiles_w = 1 + int(ceil_divide(std::max(0, g.cells_w - t.width), t.step));
   t.tiles_h = int(t.straddles ? straddling : apart);
   t.row_blocks = int(ceil_divide(g.class_rows, row_tile));
@@ -273,10 +272,8 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   t.jobs = int(jobs);
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
   const int source_rows = t.tile_rows + g.h.shifts - 1;
-  constexpr int kLargestBox = 256;
   // A row begins at a multiple of 16 bytes, up to three cells before the tile: as many for every
   // tile where tiles are whole vectors.
-  constexpr int kVector = 4;
   const bool same = t.tiles_w == 1 || t.step % kVector == 0;
   const int before = same ? g.w.first & (kVector - 1) : kVector - 1;
   t.raw_pitch = int(round_up(t.pitch + before, kVector));
@@ -288,7 +285,7 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   const int box = t.box_width * (8 >> t.woven_log) >> t.channel_kinds_log;
   t.box_floats = int(round_up(box, 32));
   t.boxed = boxes_pay(g, t);
-  t.has_edges = t.overlap > 0 || g.result.size[3] % 4 != 0;
+  t.has_edges = t.overlap > 0 || g.result.size[3] % kVector != 0;
   // Rows that follow each other leave at once, but where another image begins.
   t.joined = t.neighbours && block == 1 && g.h.block == 1 && t.tiles_w == 1 &&
              stride[2] == g.result.size[3];
@@ -298,9 +295,9 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   // Slots of whole vectors, with room for where the row begins. Lines are apart from each other's
   // banks.
   constexpr int kSkew = 3;
-  t.slot = t.joined ? t.width : int(round_up((t.width << t.woven_log) + kSkew, 4));
+  t.slot = t.joined ? t.width : int(round_up((t.width << t.woven_log) + kSkew, kVector));
   const int line = t.height * t.slot + (t.joined ? kSkew * (t.runs + 1) : 0);
-  t.line = int(ceil_divide(line + 8, 16)) * 16 - 8;
+  t.line = int(round_up(line + 8, 16)) - 8;
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
@@ -374,7 +371,7 @@ GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
 void copy_by_cells(GemmTile& t) {
   t.bulk = false;
   t.raw_pitch = t.pitch;
-  set_raw_cells(t, int(ceil_divide(t.source_cells, 4) * 4));
+  set_raw_cells(t, int(round_up(t.source_cells, kVector)));
 }
 
 GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {

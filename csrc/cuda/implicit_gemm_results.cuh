@@ -9,6 +9,12 @@
 
 namespace convops::cuda::implicit_gemm {
 
+// Whether the tile is the last in its row.
+__device__ __forceinline__ bool ends_row(const GemmProblem& g, const GemmTile& t,
+                                         const GemmJob& job) {
+  return job.column + t.width >= g.cells_w;
+}
+
 // A row of the weight as its results need it.
 struct RowPlace {
   int channel;     // of the tensor, or -1 where there is no such row
@@ -51,14 +57,12 @@ struct ResultRows {
   __device__ int64_t offset(const GemmTile& t, const RowPlace& place, int r) const {
     return first + place.offset + r * row_step + images_below(t, r) * image_step;
   }
-  // Results between where the tile begins in row r, in a channel of the kind, and the next place
-  // where tiles may meet: the border of a sector of memory. To write a part of one costs as much as
-  // several whole ones.
+  // From where the tile begins in row r, in a channel of the kind.
   __device__ int shift(const GemmProblem& g, const GemmTile& t, const RowPlace& place, int r,
                        int kind) const {
     if (t.overlap == 0) return 0;
     const int h = (row + r - images_below(t, r) * t.image_rows) * g.h.block + place.phase_h;
-    return -(kind * int(g.result.stride[1]) + h * int(g.result.stride[2])) & t.overlap;
+    return t.to_border(kind * int(g.result.stride[1]) + h * int(g.result.stride[2]));
   }
   // The tensor's row that this is; -1 where it has none.
   __device__ int find(const GemmProblem& g, const GemmTile& t, const RowPlace& place, int r) const {
@@ -151,7 +155,7 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
                                             float* result, const float (&totals)[T::kColumns / 2]) {
   if (place.channel < 0 || place.channel + lane.line >= int(g.result.size[1])) return;
   const int begin = job.column * g.w.block, width = int(g.result.size[3]);
-  const bool last = job.column + t.width >= g.cells_w;
+  const bool last = ends_row(g, t, job);
 #pragma unroll 1
   for (int r = 0; r < t.height; ++r) {
     if (rows.find(g, t, place, r) < 0) continue;
@@ -159,7 +163,7 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
     float* const row = result + rows.offset(t, place, r) + lane.line * g.result.stride[1];
     if (begin == 0) stage_row<T, false>(row, first, shift, t.woven_log, lane.phase, half, totals);
     if (!last) continue;
-    const int tail = min(shift + (width - shift) / 4 * 4 - begin, shift + t.box_width);
+    const int tail = min(shift + (width - shift) / kVector * kVector - begin, shift + t.box_width);
     stage_row<T, false>(row + tail, first + tail, width - begin - tail, t.woven_log, lane.phase,
                         half, totals);
   }
@@ -203,7 +207,7 @@ __device__ __forceinline__ void stage_lines(const GemmProblem& g, const GemmTile
 __device__ __forceinline__ void copy_lines(const GemmProblem& g, const GemmTile& t,
                                            const GemmJob& job, const ResultRows& rows, int row,
                                            float* result, const float* staged) {
-  const bool last = job.column + t.width >= g.cells_w;
+  const bool last = ends_row(g, t, job);
   for (int i = threadIdx.x % kWarp; i < (8 >> t.woven_log) * t.runs; i += kWarp) {
     const int line = t.by_runs.quotient(i);
     const RowPlace place = find_row(g, job, row + (line << t.woven_log));
@@ -218,10 +222,10 @@ __device__ __forceinline__ void copy_lines(const GemmProblem& g, const GemmTile&
     const float* const from =
         staged + line * t.line +
         line_row(t, rows, misalignment(result + rows.first + place.offset), r);
-    const int border = -int(to - result) & t.overlap, begin = job.column == 0 ? 0 : border;
+    const int border = t.to_border(int(to - result)), begin = job.column == 0 ? 0 : border;
     const int end = last ? count : t.step * g.w.block + border;
     const int head = min(begin + (-misalignment(to + begin) & 3), end);
-    const int tail = head + (end - head) / 4 * 4;
+    const int tail = head + (end - head) / kVector * kVector;
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
       if (begin + j < head) to[begin + j] = from[begin + j];
@@ -326,7 +330,7 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
     __syncwarp();
     if (t.boxed) {
       copy_boxes(g, t, job, rows, place, operands.result_maps, lines);
-      if (t.has_edges && (job.column == 0 || job.column + t.width >= g.cells_w))
+      if (t.has_edges && (job.column == 0 || ends_row(g, t, job)))
         store_edges<T>(g, t, job, lane_row, rows, place, half, operands.result, totals);
     } else {
       copy_lines(g, t, job, rows, row, operands.result, lines);
