@@ -244,7 +244,7 @@ CONVOPS_HOST_DEVICE inline int64_t gemm_weight_step(const GemmProblem& g, const 
 struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
-  static constexpr int kHeader = 3584;  // barriers and notes
+  static constexpr int kHeader = 4608;  // barriers and notes
   CONVOPS_HOST_DEVICE static int cell_bytes(int products) {
     return kSumBlock * 2 * (products == 3 ? 2 : 1);
   }

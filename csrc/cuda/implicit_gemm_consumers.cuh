@@ -26,7 +26,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
                                               const GemmOperands& operands, uint8_t* shared,
                                               const GemmSharedMemory& memory) {
   Header& header = *reinterpret_cast<Header*>(shared);
-  const int warp = threadIdx.x / kWarp, group = warp / 4;
+  const int warp = of_warp(threadIdx.x / kWarp), group = warp / 4;
   const bool leads = threadIdx.x % kWarp == 0;
 
   // Warpgroups share a job: each has 64 of the rows, or half of the cells.
@@ -45,11 +45,17 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
     released.next(t.weight_stages);
   };
 
+  int noted = -1;
+  bool rows_fit = true;
   float totals[T::kColumns / 2];
   for (int index = blockIdx.x; index < t.jobs; index += gridDim.x) {
     const GemmJob job = gemm_job(g, t, index);
-    __syncwarp();  // all lanes have read the last job's
-    note_scales<T>(g, operands, job, index, header.scales[warp]);
+    // Most blocks' jobs are all on the same rows of the weight.
+    const int unit = t.by_units.remainder(index);
+    if (unit != noted) rows_fit = note_rows<T>(g, operands, job, header.rows[warp]);
+    noted = unit;
+    // A job with a channel whose weights fp16 cannot hold is bad whatever its source.
+    if (!rows_fit) operands.bad_jobs[index] = 1;
     // Instructions set `sums` before they add to them; zeros here tell the compiler that storing
     // may have their registers.
     float sums[T::kColumns / 2];
@@ -114,7 +120,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
       }
     }
     __syncwarp();
-    store_results<T>(g, t, operands, job, header.scales[warp], staged, totals);
+    store_results<T>(g, t, operands, job, header.rows[warp], staged, totals);
   }
   ptx::store_wait();
 }

@@ -227,15 +227,14 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
     if (!at.done(t)) {
       const bool leads = converter_thread() == 0;
       if (leads) header.raw_job[slot] = at.index;
-      // Made anew for every stage: there are no registers to keep it.
-      const SourceTile tile(g, t, at.index);
       uint8_t* const place = raw + slot * t.raw_bytes;
+      // The tile's place is made anew for every stage: there are no registers to keep it.
       if (!t.bulk)
-        load_source(g, t, tile, at.sum_class, at.block, operands.source, header,
-                    uint32_t(__cvta_generic_to_shared(place)), converter_thread());
+        load_source(g, t, SourceTile(g, t, at.index), at.sum_class, at.block, operands.source,
+                    header, uint32_t(__cvta_generic_to_shared(place)), converter_thread());
       else if (leads)
-        load_source_bulk(t, operands, tile, at.block, place, header.raw_skew[slot],
-                         &header.raw_full[slot]);
+        load_source_bulk(t, operands, SourceTile(g, t, at.index), at.block, place,
+                         header.raw_skew[slot], &header.raw_full[slot]);
       at.next(g, t);
       ++ahead;
     }

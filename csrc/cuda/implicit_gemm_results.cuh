@@ -5,9 +5,13 @@
 #pragma once
 
 #include "cuda/implicit_gemm_stages.cuh"
+#include "cuda/ptx/bits.cuh"
 #include "cuda/ptx/copy.cuh"
 
 namespace convops::cuda::implicit_gemm {
+
+// What all lanes have, so that the compiler knows it.
+__device__ __forceinline__ int of_warp(int x) { return __shfl_sync(~0u, x, 0); }
 
 // Whether the tile is the last in its row.
 __device__ __forceinline__ bool ends_row(const GemmProblem& g, const GemmTile& t,
@@ -15,63 +19,57 @@ __device__ __forceinline__ bool ends_row(const GemmProblem& g, const GemmTile& t
   return job.column + t.width >= g.cells_w;
 }
 
-// A row of the weight as its results need it.
-struct RowPlace {
-  int channel;     // of the tensor, or -1 where there is no such row
-  int64_t offset;  // of the row's first result in the tile from the first row of the image's cells
-  int phase_h;
-  int left;  // results from there to the end of the tensor's row
-};
-
 // `row` counts from the first of the job's row class.
 __device__ __forceinline__ RowPlace find_row(const GemmProblem& g, const GemmJob& job, int row) {
-  if (row >= g.class_rows) return {-1, 0, 0, 0};
+  if (row >= g.class_rows) return {-1, 0, 0};
   const GemmRow where = gemm_row(g, job.row_class, row);
-  const int channel = job.group * g.rows + where.channel;
-  const int column = job.column * g.w.block + where.phase_w;
-  return {channel,
-          channel * g.result.stride[1] + where.phase_h * g.result.stride[2] +
-              column * g.result.stride[3],
-          where.phase_h, int(g.result.size[3]) - column};
+  return {job.group * g.rows + where.channel, int16_t(where.phase_h), int16_t(where.phase_w)};
 }
+
+// From a row's first result in the tile to the end of the tensor's row.
+__device__ __forceinline__ int results_left(const GemmProblem& g, const GemmJob& job,
+                                            const RowPlace& place) {
+  return int(g.result.size[3]) - job.column * g.w.block - place.phase_w;
+}
+
+// A row of a tile in the tensor: of its image, of cells.
+struct ResultRow {
+  int image, cell;
+
+  // The tensor's row of its image, for results of the place's phase.
+  __device__ int h(const GemmProblem& g, const RowPlace& place) const {
+    return cell * g.h.block + place.phase_h;
+  }
+  // Whether the tensor has them.
+  __device__ bool exists(const GemmProblem& g, const RowPlace& place) const {
+    return place.channel >= 0 && image < g.images && cell < g.cells_h &&
+           h(g, place) < int(g.result.size[2]);
+  }
+  // Offset in the result of the first in the tile.
+  __device__ int64_t offset(const GemmProblem& g, const GemmJob& job, const RowPlace& place) const {
+    const auto& stride = g.result.stride;
+    return image * stride[0] + place.channel * stride[1] + h(g, place) * stride[2] +
+           (job.column * g.w.block + place.phase_w) * stride[3];
+  }
+  // From where the tile begins there, in a channel of the kind.
+  __device__ int shift(const GemmProblem& g, const GemmTile& t, const RowPlace& place,
+                       int kind) const {
+    if (t.overlap == 0) return 0;
+    return t.to_border(kind * int(g.result.stride[1]) + h(g, place) * int(g.result.stride[2]));
+  }
+};
 
 // The rows of cells a warpgroup computes, from the first one's place in its image.
 struct ResultRows {
   int image, row;
-  int64_t first;       // offset of that row in channel 0, column 0
-  int64_t row_step;    // from cell to cell
-  int64_t image_step;  // besides, where the next image begins
 
-  __device__ ResultRows(const GemmProblem& g, const GemmTile& t, int tall_row) {
-    image = t.by_image_rows.quotient(tall_row);
-    row = t.by_image_rows.remainder(tall_row);
-    row_step = g.h.block * g.result.stride[2];
-    first = image * g.result.stride[0] + row * row_step;
-    image_step = g.result.stride[0] - t.image_rows * row_step;
-  }
-  // How many images below the first one row r of the tile lies.
-  __device__ int images_below(const GemmTile& t, int r) const {
-    return t.straddles ? t.by_image_rows.quotient(row + r) : 0;
-  }
-  // Offset of row r of the tile in the row of `place`.
-  __device__ int64_t offset(const GemmTile& t, const RowPlace& place, int r) const {
-    return first + place.offset + r * row_step + images_below(t, r) * image_step;
-  }
-  // From where the tile begins in row r, in a channel of the kind.
-  __device__ int shift(const GemmProblem& g, const GemmTile& t, const RowPlace& place, int r,
-                       int kind) const {
-    if (t.overlap == 0) return 0;
-    const int h = (row + r - images_below(t, r) * t.image_rows) * g.h.block + place.phase_h;
-    return t.to_border(kind * int(g.result.stride[1]) + h * int(g.result.stride[2]));
-  }
-  // The tensor's row that this is; -1 where it has none.
-  __device__ int find(const GemmProblem& g, const GemmTile& t, const RowPlace& place, int r) const {
-    const int below = images_below(t, r), cell = row + r - below * t.image_rows;
-    const int h = cell * g.h.block + place.phase_h;
-    return place.channel >= 0 && image + below < g.images && cell < g.cells_h &&
-                   h < int(g.result.size[2])
-               ? h
-               : -1;
+  __device__ ResultRows(const GemmTile& t, int tall_row)
+      : image(t.by_image_rows.quotient(tall_row)), row(tall_row - image * t.image_rows) {}
+  // Row r of them.
+  __device__ ResultRow find(const GemmTile& t, int r) const {
+    if (!t.straddles) return {image, row + r};
+    const int below = t.by_image_rows.quotient(row + r);
+    return {image + below, row + r - below * t.image_rows};
   }
 };
 
@@ -81,12 +79,18 @@ __device__ __forceinline__ int misalignment(const float* p) {
 }
 
 // Where row r of the tile begins in a line of shared memory: as far from a multiple of 16 bytes as
-// in the result, where the misalignment of row 0 is `first`.
-__device__ __forceinline__ int line_row(const GemmTile& t, const ResultRows& rows, int first,
-                                        int r) {
-  int skew = first + rows.images_below(t, r) * int(rows.image_step & 3);
-  if (!t.joined) skew = (skew + r * int(rows.row_step & 3)) & 3;
-  return r * t.slot + skew;
+// in the result.
+__device__ __forceinline__ int line_row(const GemmProblem& g, const GemmTile& t, const GemmJob& job,
+                                        const ResultRows& rows, const RowPlace& place,
+                                        const float* result, int r) {
+  const auto misaligned = [&](const ResultRow& row) {
+    return misalignment(result + row.offset(g, job, place));
+  };
+  const ResultRow row = rows.find(t, r);
+  if (!t.joined) return r * t.slot + misaligned(row);
+  const int between_images = int(g.result.stride[0]) - t.image_rows * int(g.result.stride[2]);
+  return r * t.slot + misaligned(rows.find(t, 0)) +
+         (row.image - rows.image) * (between_images & (kVector - 1));
 }
 
 // Where a result of a lane lies among the eight rows that leave together.
@@ -98,35 +102,34 @@ struct LaneRow {
         phase((threadIdx.x % kWarp / 4) & ((1 << t.woven_log) - 1)) {}
 };
 
+// Bits i of those elements first + i * step that lie in [0, count); -step < -first, 0 <= count.
+__device__ __forceinline__ uint32_t elements_inside(int first, int step_log, int count) {
+  const int before = (1 << step_log) - 1 - first;
+  return ptx::bit_mask(before >> step_log, (before + count >> step_log) - (before >> step_log));
+}
+
 // Writes those of a lane's results that are among `count` neighbours from column `first` on to
 // to[0], ..., to[count - 1]. Of the tile's columns a thread has pairs, eight apart.
 template <typename T, bool kPaired>
 __device__ __forceinline__ void stage_row(float* to, int first, int count, int woven_log, int phase,
                                           int half, const float (&totals)[T::kColumns / 2]) {
-  constexpr int kGroups = T::kColumns / 8, kBatch = 4;  // groups of eight columns
   if constexpr (kPaired) woven_log = 0;
-  int element = (int(threadIdx.x % 4) * 2 << woven_log) + phase - first;
+  const int element = (int(threadIdx.x % 4) * 2 << woven_log) + phase - first;
+  const int pair = 1 << woven_log, step_log = 3 + woven_log;
+  const uint32_t inside = elements_inside(element, step_log, count);
+  const uint32_t inside_too = kPaired ? 0 : elements_inside(element + pair, step_log, count);
   to += element;
-  const int begin = first >> woven_log, end = (first + count - 1 >> woven_log) + 1;
 #pragma unroll
-  for (int batch = 0; batch < kGroups; batch += kBatch) {
-    if (begin < 8 * (batch + kBatch) && end > 8 * batch) {
-#pragma unroll
-      for (int i = batch; i < batch + kBatch && i < kGroups; ++i) {
-        const float a = totals[4 * i + 2 * half], b = totals[4 * i + 2 * half + 1];
-        const int from = 8 * (i - batch) << woven_log, step = 1 << woven_log;
-        if constexpr (kPaired) {
-          if (unsigned(element + from) < unsigned(count))
-            *reinterpret_cast<float2*>(to + from) = make_float2(a, b);
-        } else {
-          if (unsigned(element + from) < unsigned(count)) to[from] = a;
-          if (unsigned(element + from + step) < unsigned(count)) to[from + step] = b;
-        }
-      }
+  for (int i = 0; i < T::kColumns / 8; ++i) {
+    const float a = totals[4 * i + 2 * half], b = totals[4 * i + 2 * half + 1];
+    if constexpr (kPaired) {
+      if (inside >> i & 1) *reinterpret_cast<float2*>(to + 8 * i) = make_float2(a, b);
+    } else {
+      if (inside >> i & 1) to[0] = a;
+      if (inside_too >> i & 1) to[pair] = b;
+      // Step by step: multiples of what only the host knows would fill the registers.
+      to += 1 << step_log;
     }
-    // Step by step: multiples of what only the host knows would fill the registers.
-    element += 8 * kBatch << woven_log;
-    to += 8 * kBatch << woven_log;
   }
 }
 
@@ -141,7 +144,8 @@ __device__ __forceinline__ void stage_boxes(const GemmProblem& g, const GemmTile
   float* box = staged + kind * t.box_floats + (lane.line >> t.channel_kinds_log) * t.box_width;
 #pragma unroll 1
   for (int r = 0; r < t.height; ++r, box += t.box_floats << t.channel_kinds_log)
-    stage_row<T, kPaired>(box, (r * t.pitch << t.woven_log) + rows.shift(g, t, place, r, kind),
+    stage_row<T, kPaired>(box,
+                          (r * t.pitch << t.woven_log) + rows.find(t, r).shift(g, t, place, kind),
                           t.box_width, t.woven_log, lane.phase, half, totals);
 }
 
@@ -158,9 +162,10 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
   const bool last = ends_row(g, t, job);
 #pragma unroll 1
   for (int r = 0; r < t.height; ++r) {
-    if (rows.find(g, t, place, r) < 0) continue;
-    const int first = r * t.pitch << t.woven_log, shift = rows.shift(g, t, place, r, lane.line);
-    float* const row = result + rows.offset(t, place, r) + lane.line * g.result.stride[1];
+    const ResultRow at = rows.find(t, r);
+    if (!at.exists(g, place)) continue;
+    const int first = r * t.pitch << t.woven_log, shift = at.shift(g, t, place, lane.line);
+    float* const row = result + at.offset(g, job, place) + lane.line * g.result.stride[1];
     if (begin == 0) stage_row<T, false>(row, first, shift, t.woven_log, lane.phase, half, totals);
     if (!last) continue;
     const int tail = min(shift + (width - shift) / kVector * kVector - begin, shift + t.box_width);
@@ -169,35 +174,38 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
   }
 }
 
-// Starts to copy boxes, one a lane.
+// Starts to copy boxes. All lanes know that they agree on the places: the instruction takes them
+// from registers of the warp.
 __device__ __forceinline__ void copy_boxes(const GemmProblem& g, const GemmTile& t,
                                            const GemmJob& job, const ResultRows& rows,
                                            const RowPlace& place, const CUtensorMap* maps,
                                            const float* staged) {
-  const int i = threadIdx.x % kWarp, r = i >> t.channel_kinds_log;
-  const int h = r < t.height ? rows.find(g, t, place, r) : -1;
-  if (h < 0) return;
-  const int row_kind = h & ((1 << t.row_kinds_log) - 1);
-  const int32_t at[4] = {job.column * g.w.block, h >> t.row_kinds_log,
-                         place.channel >> t.channel_kinds_log,
-                         rows.image + rows.images_below(t, r)};
-  ptx::store_box(&maps[(row_kind - r << t.channel_kinds_log) + i], at, staged + i * t.box_floats);
+#pragma unroll 1
+  for (int r = 0; r < t.height; ++r) {
+    const ResultRow row = rows.find(t, r);
+    const int h = row.h(g, place), row_kind = h & ((1 << t.row_kinds_log) - 1);
+    const bool exists = row.exists(g, place);
+    const int32_t at[4] = {job.column * g.w.block, h >> t.row_kinds_log,
+                           place.channel >> t.channel_kinds_log, row.image};
+#pragma unroll 1
+    for (int kind = 0; kind >> t.channel_kinds_log == 0; ++kind, staged += t.box_floats)
+      if (exists && threadIdx.x % kWarp == 0)
+        ptx::store_box(&maps[(row_kind << t.channel_kinds_log) + kind], at, staged);
+  }
 }
 
-// Eight rows to lines, one for each channel.
+// Eight rows to lines, one for each channel. `notes`: of the eight.
 template <typename T, bool kPaired>
 __device__ __forceinline__ void stage_lines(const GemmProblem& g, const GemmTile& t,
                                             const GemmJob& job, const LaneRow& lane,
-                                            const ResultRows& rows, int row, int half,
-                                            float* result, float* staged,
+                                            const ResultRows& rows, const RowNote* notes, int half,
+                                            const float* result, float* staged,
                                             const float (&totals)[T::kColumns / 2]) {
-  const RowPlace lane_place = find_row(g, job, row + (lane.line << t.woven_log));
   // Rows that are none are staged like others.
-  const int misaligned =
-      misalignment(result + rows.first + (lane_place.channel < 0 ? 0 : lane_place.offset));
+  const RowPlace place = notes[lane.line << t.woven_log].place;
 #pragma unroll 1
   for (int r = 0; r < t.height; ++r)
-    stage_row<T, kPaired>(staged + lane.line * t.line + line_row(t, rows, misaligned, r),
+    stage_row<T, kPaired>(staged + lane.line * t.line + line_row(g, t, job, rows, place, result, r),
                           r * t.pitch << t.woven_log, t.width << t.woven_log, t.woven_log,
                           lane.phase, half, totals);
 }
@@ -205,23 +213,22 @@ __device__ __forceinline__ void stage_lines(const GemmProblem& g, const GemmTile
 // Starts to copy lines, a run of contiguous results a lane: a row of the tile, or those that follow
 // each other in an image. What is no whole vector of 16 bytes, at either end, is written at once.
 __device__ __forceinline__ void copy_lines(const GemmProblem& g, const GemmTile& t,
-                                           const GemmJob& job, const ResultRows& rows, int row,
-                                           float* result, const float* staged) {
+                                           const GemmJob& job, const ResultRows& rows,
+                                           const RowNote* notes, float* result,
+                                           const float* staged) {
   const bool last = ends_row(g, t, job);
   for (int i = threadIdx.x % kWarp; i < (8 >> t.woven_log) * t.runs; i += kWarp) {
     const int line = t.by_runs.quotient(i);
-    const RowPlace place = find_row(g, job, row + (line << t.woven_log));
-    int r = i - line * t.runs, count = min(t.width * g.w.block, place.left);
+    const RowPlace place = notes[line << t.woven_log].place;
+    int r = i - line * t.runs, count = min(t.width * g.w.block, results_left(g, job, place));
     if (t.joined) {
       const int image = r * t.image_rows - rows.row;  // its first row in the tile
       r = max(0, image);
       count *= min(t.height, image + g.cells_h) - r;
     }
-    if (count <= 0 || rows.find(g, t, place, r) < 0) continue;
-    float* const to = result + rows.offset(t, place, r);
-    const float* const from =
-        staged + line * t.line +
-        line_row(t, rows, misalignment(result + rows.first + place.offset), r);
+    if (count <= 0 || !rows.find(t, r).exists(g, place)) continue;
+    float* const to = result + rows.find(t, r).offset(g, job, place);
+    const float* const from = staged + line * t.line + line_row(g, t, job, rows, place, result, r);
     const int border = t.to_border(int(to - result)), begin = job.column == 0 ? 0 : border;
     const int end = last ? count : t.step * g.w.block + border;
     const int head = min(begin + (-misalignment(to + begin) & 3), end);
@@ -239,64 +246,61 @@ __device__ __forceinline__ void copy_lines(const GemmProblem& g, const GemmTile&
 // those are neighbours.
 template <typename T>
 __device__ __forceinline__ void store_apart(const GemmProblem& g, const GemmTile& t,
-                                            const GemmJob& job, const ResultRows& rows, int row,
-                                            float* result, const float* staged) {
+                                            const GemmJob& job, const ResultRows& rows,
+                                            const RowNote* notes, float* result,
+                                            const float* staged) {
   const int lane = threadIdx.x % kWarp;
   const int64_t step = g.result.stride[3] * g.w.block;
-  const RowPlace place = find_row(g, job, row + lane % 8);
-  const int count = min(t.width, (place.left + g.w.block - 1) / g.w.block);
+  const RowPlace place = notes[lane % 8].place;
+  const int count = min(t.width, (results_left(g, job, place) + g.w.block - 1) / g.w.block);
 #pragma unroll 1
   for (int r = 0; r < t.height; ++r) {
-    if (rows.find(g, t, place, r) < 0) continue;
-    float* const to = result + rows.offset(t, place, r);
+    const ResultRow row = rows.find(t, r);
+    if (!row.exists(g, place)) continue;
+    float* const to = result + row.offset(g, job, place);
     const float* const from = staged + lane % 8 * T::kStagePitch + r * t.pitch;
 #pragma unroll 1
     for (int i = lane / 8; i < count; i += kWarp / 8) to[i * step] = from[i];
   }
 }
 
-// The first of a warp's eight rows, in its row class.
+// Notes a warp's rows; whether fp16 holds their weights (all lanes know).
 template <typename T>
-__device__ __forceinline__ int first_row(const GemmJob& job, int half) {
-  const int warp = threadIdx.x / kWarp;
-  return job.row_block * T::kRowTile + (T::kRowTile == 128 ? warp : warp % 4) * 16 + half * 8;
-}
-
-// Notes the scales and biases of the warp's 16 rows while its first instructions run.
-template <typename T>
-__device__ __forceinline__ void note_scales(const GemmProblem& g, const GemmOperands& operands,
-                                            const GemmJob& job, int index, float2* scales) {
-  const int lane = threadIdx.x % kWarp;
-  if (lane >= 16) return;
-  const RowPlace place = find_row(g, job, first_row<T>(job, 0) + lane);
-  float scale = 0, bias = 0;
-  if (place.channel >= 0) {
-    scale = operands.row_scales[place.channel];
-    if (operands.bias) bias = operands.bias[place.channel * g.bias_stride];
+__device__ __forceinline__ bool note_rows(const GemmProblem& g, const GemmOperands& operands,
+                                          const GemmJob& job, RowNote* notes) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __syncwarp();  // all lanes have read the last job's
+  bool fits = true;
+  if (lane < kRows) {
+    const int row = job.row_block * T::kRowTile + (T::kRowTile == 128 ? warp : warp % 4) * kRows;
+    RowNote note{0, 0, find_row(g, job, row + lane)};
+    if (note.place.channel >= 0) {
+      note.scale = operands.row_scales[note.place.channel];
+      if (operands.bias) note.bias = operands.bias[note.place.channel * g.bias_stride];
+    }
+    fits = !signbit(note.scale);
+    notes[lane] = note;
   }
-  // A job with a channel whose weights fp16 cannot hold is bad whatever its source.
-  if (signbit(scale)) operands.bad_jobs[index] = 1;
-  scales[lane] = make_float2(scale, bias);
+  return __all_sync(~0u, fits);
 }
 
-// The results of a warp's 16 rows, from its sums.
+// The results of a warp's rows, from its sums.
 template <typename T>
 __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTile& t,
                                               const GemmOperands& operands, const GemmJob& job,
-                                              const float2* scales, float* staged,
+                                              const RowNote* notes, float* staged,
                                               float (&totals)[T::kColumns / 2]) {
-  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp / 4;
-  const ResultRows rows(g, t, job.row + (T::kRowTile == 128 ? 0 : group * t.height));
+  const int lane = threadIdx.x % kWarp, group = of_warp(threadIdx.x / kWarp / 4);
+  const ResultRows rows(t, job.row + (T::kRowTile == 128 ? 0 : group * t.height));
   const LaneRow lane_row(t);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float2 scale = scales[8 * half + lane / 4];
+  for (int half = 0; half < 2; ++half, notes += 8) {
+    const float scale = notes[lane / 4].scale, bias = notes[lane / 4].bias;
 #pragma unroll
     for (int i = 0; i < T::kColumns / 4; ++i) {
       float& total = totals[i / 2 * 4 + 2 * half + i % 2];
-      total = fmaf(total, scale.x, scale.y);
+      total = fmaf(total, scale, bias);
     }
-    const int row = first_row<T>(job, half);
     float* const lines = staged + (t.staged_halves == 2 ? half * t.staged_floats : 0);
     if (!t.neighbours) {
       __syncwarp();
@@ -305,7 +309,7 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
         *reinterpret_cast<float2*>(&lines[lane / 4 * T::kStagePitch + 8 * i + lane % 4 * 2]) =
             make_float2(totals[4 * i + 2 * half], totals[4 * i + 2 * half + 1]);
       __syncwarp();
-      store_apart<T>(g, t, job, rows, row, operands.result, lines);
+      store_apart<T>(g, t, job, rows, notes, operands.result, lines);
       continue;
     }
     // What was copied from here has left.
@@ -314,12 +318,13 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
     else
       ptx::store_wait_read<0>();
     __syncwarp();
-    const RowPlace place = find_row(g, job, row);
+    const RowPlace place{of_warp(notes[0].place.channel), int16_t(of_warp(notes[0].place.phase_h)),
+                         0};
     const auto stage = [&]<bool kPaired>() {
       if (t.boxed)
         stage_boxes<T, kPaired>(g, t, lane_row, rows, place, half, lines, totals);
       else
-        stage_lines<T, kPaired>(g, t, job, lane_row, rows, row, half, operands.result, lines,
+        stage_lines<T, kPaired>(g, t, job, lane_row, rows, notes, half, operands.result, lines,
                                 totals);
     };
     if (t.paired)
@@ -333,7 +338,7 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
       if (t.has_edges && (job.column == 0 || ends_row(g, t, job)))
         store_edges<T>(g, t, job, lane_row, rows, place, half, operands.result, totals);
     } else {
-      copy_lines(g, t, job, rows, row, operands.result, lines);
+      copy_lines(g, t, job, rows, notes, operands.result, lines);
     }
     ptx::store_commit();
   }

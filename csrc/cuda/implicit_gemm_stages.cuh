@@ -9,6 +9,7 @@
 namespace convops::cuda::implicit_gemm {
 
 constexpr int kWarp = 32;
+constexpr int kRows = 16;  // of the weight, of a consumer warp
 constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
 constexpr int kConverterThreads = kConverterWarps * kWarp;
 constexpr int kThreads = kConsumerThreads + kWarp + kConverterThreads;
@@ -42,6 +43,16 @@ struct SumPlace {
   int h, w;  // far outside where there is no such channel
 };
 
+// A row of the weight as its results need it.
+struct RowPlace {
+  int channel;  // of the tensor, or -1 where there is no such row
+  int16_t phase_h, phase_w;
+};
+struct RowNote {
+  float scale, bias;
+  RowPlace place;
+};
+
 // Barriers and notes at the start of shared memory.
 struct Header {
   uint64_t weights_full[kMaxWeightStages], weights_empty[kMaxWeightStages];
@@ -49,8 +60,8 @@ struct Header {
   float source_unit[kMaxSourceStages];  // what 1 in the sums stands for
   uint64_t raw_full[kMaxRawStages];     // this and the next only with bulk copies
   int raw_skew[kMaxRawStages];
-  int raw_job[kMaxRawStages];         // whose cells a stage holds
-  float2 scales[kConsumers * 4][16];  // and biases of every consumer warp's rows
+  int raw_job[kMaxRawStages];           // whose cells a stage holds
+  RowNote rows[kConsumers * 4][kRows];  // of every consumer warp
   // Bits of |x|.
   uint32_t channel_max[kMaxRawStages][kMaxDepth * kSumBlock];
   SumPlace sum_places[kMaxDepth * kSumBlock];  // of the stage being copied, with mixed phases
