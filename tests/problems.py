@@ -197,6 +197,13 @@ WIDE = [
     Problem("rows_of_331", 1, 8, 16, 331, 17, (3, 3), padding=(1, 1), bias=True),
     Problem("rows_of_332_grouped", 2, 32, 10, 334, 32, (3, 3), groups=2),
     Problem("rows_of_330_strided", 1, 6, 17, 661, 10, (3, 3), (2, 2), (1, 1)),
+    # Sources whose rows begin at two and four places between multiples of 16 bytes.
+    Problem("rows_from_2_places", 2, 20, 18, 86, 20, (3, 3), padding=(1, 2), bias=True),
+    Problem("rows_from_4_places", 2, 20, 20, 87, 70, (5, 3), padding=(2, 1)),
+    # And of patches that are read at once.
+    Problem("patches_of_4x4", 2, 3, 44, 100, 24, (11, 11), (4, 4), (2, 2), bias=True),
+    Problem("patches_of_2x2", 2, 24, 18, 54, 40, (3, 3), (2, 2), (1, 1)),
+    Problem("patches_of_2x1", 2, 24, 18, 54, 40, (3, 2), (2, 1), (1, 1)),
 ]
 
 # Tensors of more than 2^31 elements (GPU with more than 40 GB only).

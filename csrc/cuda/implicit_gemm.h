@@ -41,6 +41,7 @@ inline constexpr int kConverterWarps = 7;            // and one that streams wei
 inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
 inline constexpr int kSector = 8;                    // floats that memory writes at once
 inline constexpr int kVector = 4;                    // floats the copy engine's places are whole in
+inline constexpr int kMaxSourceKinds = 4;            // of rows of the source
 inline constexpr int kMaxKinds = 8;                  // of rows times channels of the result
 inline constexpr int kWeightStageBytes = 8192;       // one to four steps
 inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages = 4;
@@ -196,11 +197,15 @@ struct GemmTile {
   int staged_halves;  // of a warp's 16 rows, each with its own memory
   bool paired;        // two results of a thread are always 8 aligned bytes there
   int depth;          // blocks of kSumBlock channels in a stage: 1, 2 or 4
-  // As they come from memory: by bulk copies, whose rows begin at multiples of 16 bytes, or as the
-  // cells lie in the tile.
+  // Sources as they come from memory. By bulk copies (boxes of rows, which begin at multiples of 16
+  // bytes: rows of the tensor are of as many kinds as there are places between those where they
+  // begin, and every kind has its map and its box), or cell by cell, as they lie in the tile.
   bool bulk;
-  int raw_pitch, raw_cells;  // of a channel, in whole vectors of four
-  int raw_bytes;             // of a stage, aligned for bulk copies
+  bool patches;  // then a cell's elements are at offsets from its first
+  int source_kinds_log;
+  int raw_channels;          // of a stage: channels in bulk copies, else channels in a phase
+  int raw_pitch, raw_cells;  // floats of a row, of a channel in a box, in whole vectors of four
+  int raw_box, raw_bytes;    // floats of a box, bytes of a stage
   int plane;                 // cells between planes in shared memory
   int raw_stages, source_stages, weight_stages;
   Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_runs;
@@ -275,9 +280,11 @@ struct GemmPlan {
 GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
 // Gives up bulk copies, for a source whose address they cannot take.
 void copy_by_cells(GemmTile& tile);
-// Whether the source can be read by bulk copies, and their description of it.
+// Whether the source can be read by bulk copies, its kinds of rows, and the copies' descriptions.
 bool can_copy_bulk(const GemmProblem& gemm);
-CUtensorMap make_source_map(const GemmProblem& gemm, const GemmTile& tile, const void* source);
+int source_kinds(const GemmProblem& gemm);
+void make_source_maps(const GemmProblem& gemm, const GemmTile& tile, const float* source,
+                      CUtensorMap* maps);
 void make_result_maps(const GemmProblem& gemm, const GemmTile& tile, float* result,
                       CUtensorMap* maps);
 
@@ -291,8 +298,8 @@ struct GemmOperands {
   uint8_t* packed_weights;
   float* row_scales;
   uint8_t* bad_jobs;
-  CUtensorMap source_map;              // only with GemmTile::bulk
-  CUtensorMap result_maps[kMaxKinds];  // only with GemmTile::boxed: [row kind][channel kind]
+  CUtensorMap source_maps[kMaxSourceKinds];  // only with GemmTile::bulk
+  CUtensorMap result_maps[kMaxKinds];        // only with GemmTile::boxed: [row kind][channel kind]
 };
 void pack_weights(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
                   void* stream);

@@ -45,6 +45,9 @@ __device__ __forceinline__ int converter_thread() {
   return thread - (kThreads - kConverterThreads);
 }
 
+// Channels for which all lanes of a warp look at one when its maximum is sought.
+constexpr int kFewChannels = 32;
+
 // Where the tile of a job lies in the source.
 struct SourceTile {
   int channel, image, cell_row, column;
@@ -58,15 +61,42 @@ struct SourceTile {
   }
 };
 
-// One thread copies the tile as a box whose rows begin at a multiple of 16 bytes, `skew` cells
-// before the tile's. The copy engine writes zeros outside the tensor.
-__device__ __forceinline__ void load_source_bulk(const GemmTile& t, const GemmOperands& operands,
-                                                 const SourceTile& tile, int block, void* raw,
-                                                 int& skew, uint64_t* full) {
-  skew = tile.column & 3;
-  const int32_t place[4] = {tile.column - skew, tile.cell_row, tile.channel + block * kSumBlock,
-                            tile.image};
-  ptx::copy_box(raw, &operands.source_map, place, t.raw_cells * t.depth * kSumBlock * 4, full);
+// The tile's first column, `w` in the source, in the map of a kind of rows.
+__device__ __forceinline__ int map_column(const GemmProblem& g, int kind, int w) {
+  return w + (kind * int(g.source.stride[2]) & (kVector - 1));
+}
+
+// One thread copies the tile as boxes, box i from the tile's row i (of elements) on. The copy
+// engine writes zeros outside the tensor, but where a kind's rows begin before their first element.
+__device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const GemmTile& t,
+                                                 const GemmOperands& operands, int job, int block,
+                                                 float* raw, RawNote& note, uint64_t* full) {
+  const SourceTile tile(g, t, job);
+  const int kinds = 1 << t.source_kinds_log;
+  const int first_h = tile.cell_row * g.h.phases, first_w = tile.column * g.w.phases;
+  ptx::expect_bytes(full, kinds * t.raw_cells * t.raw_channels * 4);
+  note.job = job;
+  note.outside = kinds > 1 ? max(0, -tile.column) : 0;
+#pragma unroll 1
+  for (int i = 0; i < kinds; ++i) {
+    const int h = first_h + i, kind = h & (kinds - 1), column = map_column(g, kind, first_w);
+    const int skew = column & (kVector - 1);
+    note.skews[i] = uint8_t(skew);
+    const int32_t place[4] = {column - skew, h >> t.source_kinds_log,
+                              tile.channel + g.by_phases.quotient(block * kSumBlock), tile.image};
+    ptx::copy_box(raw + i * t.raw_box, &operands.source_maps[kind], place, full);
+  }
+}
+
+// Where the elements of a cell's sum lie in boxes, those together that are neighbours in a row: the
+// same for all tiles (see copy_boxes in implicit_gemm_plan.cpp).
+__device__ __forceinline__ void note_sum_offsets(const GemmProblem& g, const GemmTile& t,
+                                                 int* offsets, int thread) {
+  if (thread * g.w.phases >= t.depth * kSumBlock) return;
+  const GemmSum sum = gemm_sum(g, 0, thread * g.w.phases);
+  const int box = sum.phase_h & ((1 << t.source_kinds_log) - 1);
+  offsets[thread] = box * t.raw_box + (map_column(g, box, g.w.first * g.w.phases) & (kVector - 1)) +
+                    sum.channel * t.raw_cells + (sum.phase_h >> t.source_kinds_log) * t.raw_pitch;
 }
 
 // Copies the cells one by one into raw[channel][cell], wherever they come from.
@@ -136,18 +166,21 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
 __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
 
 // The largest |x| of every channel, as bits: those of NaN and Inf are larger than any number's.
+template <int kLanes>  // for a channel
 __device__ __forceinline__ void find_channel_max(uint32_t* channel_max, const GemmTile& t,
                                                  const float* raw, int thread) {
-  constexpr int kLanes = 8;  // for a channel
   const int lane = thread % kLanes;
-  for (int k = thread / kLanes; k < t.depth * kSumBlock; k += kConverterThreads / kLanes) {
-    const float4* const channel = reinterpret_cast<const float4*>(raw + k * t.raw_cells);
+  for (int k = thread / kLanes; k < t.raw_channels; k += kConverterThreads / kLanes) {
     uint32_t largest = 0;
+    for (int box = 0; box >> t.source_kinds_log == 0; ++box) {
+      const float4* const channel =
+          reinterpret_cast<const float4*>(raw + box * t.raw_box + k * t.raw_cells);
 #pragma unroll 4
-    for (int i = lane; i < t.raw_cells / 4; i += kLanes) {
-      const float4 x = channel[i];
-      largest = max(max(max(largest, magnitude(x.x)), max(magnitude(x.y), magnitude(x.z))),
-                    magnitude(x.w));
+      for (int i = lane; i < t.raw_cells / 4; i += kLanes) {
+        const float4 x = channel[i];
+        largest = max(max(max(largest, magnitude(x.x)), max(magnitude(x.y), magnitude(x.z))),
+                      magnitude(x.w));
+      }
     }
     static_assert(kSumBlock % (kWarp / kLanes) == 0, "warps stay whole");
 #pragma unroll
@@ -159,7 +192,7 @@ __device__ __forceinline__ void find_channel_max(uint32_t* channel_max, const Ge
 
 __device__ __forceinline__ Scale choose_stage_scale(const uint32_t* channel_max,
                                                     const GemmProblem& g, const GemmTile& t) {
-  const int lane = threadIdx.x % kWarp, channels = t.depth * kSumBlock;
+  const int lane = threadIdx.x % kWarp, channels = t.raw_channels;
   const uint32_t a = lane < channels ? channel_max[lane] : 0;
   const uint32_t b = lane + kWarp < channels ? channel_max[lane + kWarp] : 0;
   const uint32_t largest = __reduce_max_sync(~0u, max(a, b));
@@ -176,40 +209,76 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
   return *reinterpret_cast<const uint32_t*>(&halves);
 }
 
+__device__ __forceinline__ float2 unpack(uint32_t halves) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+}
+
+// Four of the sum's elements of a cell. Phases of a row, kRun of them, are neighbours, and where
+// they lie is in `offsets`; without phases (kRun = 0) elements are `pitch` apart.
+template <int kRun>
+__device__ __forceinline__ float4 read_cell(const float* from, const int* offsets, int pitch) {
+  if constexpr (kRun == 0) return {from[0], from[pitch], from[2 * pitch], from[3 * pitch]};
+  if constexpr (kRun == 1)
+    return {from[offsets[0]], from[offsets[1]], from[offsets[2]], from[offsets[3]]};
+  if constexpr (kRun == 2) {
+    const float2 a = *reinterpret_cast<const float2*>(from + offsets[0]);
+    const float2 b = *reinterpret_cast<const float2*>(from + offsets[1]);
+    return {a.x, a.y, b.x, b.y};
+  }
+  if constexpr (kRun == 4) return *reinterpret_cast<const float4*>(from + offsets[0]);
+}
+
 // Writes the cells' high and low parts; whether every cell's channels fit the scale.
-template <typename T>
-__device__ __forceinline__ bool convert_source(const GemmTile& t, const float* raw, int skew,
-                                               uint4* stage, float factor, float smallest,
+template <typename T, int kRun>
+__device__ __forceinline__ bool convert_source(const GemmProblem& g, const GemmTile& t,
+                                               const float* raw, const RawNote& note,
+                                               const int* offsets, uint4* stage, float factor,
                                                int thread) {
   bool fits = true;
 #pragma unroll 1
   for (int i = thread; i < t.depth * t.source_cells; i += kConverterThreads) {
     int cell = i, block = 0;
     for (; cell >= t.source_cells; cell -= t.source_cells) ++block;
-    const int row = t.by_pitch.quotient(cell);
-    const float* from =
-        raw + block * kSumBlock * t.raw_cells + row * (t.raw_pitch - t.pitch) + cell + skew;
+    const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
+    const float* from = raw;
+    const int* runs = offsets;
+    if constexpr (kRun == 0) {
+      const int box = row & ((1 << t.source_kinds_log) - 1);
+      from += block * kSumBlock * t.raw_cells + box * t.raw_box + note.skews[box] +
+              (row >> t.source_kinds_log) * t.raw_pitch + column;
+    } else {
+      from += row * (g.h.phases >> t.source_kinds_log) * t.raw_pitch + column * kRun;
+      runs += block * (kSumBlock / kRun);
+    }
     uint4* const place = stage + block * T::kPlanes * t.plane + cell;
     float largest = 0;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       uint32_t high[4], low[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float a = from[0] * factor, b = from[t.raw_cells] * factor;
-        from += 2 * t.raw_cells;
-        largest = fmaxf(largest, fmaxf(fabsf(a), fabsf(b)));
-        high[j] = pack(a, b);
+      for (int j = 0; j < 4; j += 2) {
+        float4 x = read_cell<kRun>(from, runs + (8 * part + 2 * j) / max(1, kRun), t.raw_cells);
+        if constexpr (kRun == 0) from += 4 * t.raw_cells;
+        x = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
+        largest =
+            fmaxf(fmaxf(fmaxf(largest, fabsf(x.x)), fmaxf(fabsf(x.y), fabsf(x.z))), fabsf(x.w));
+        high[j] = pack(x.x, x.y);
+        high[j + 1] = pack(x.z, x.w);
         if constexpr (T::kProducts == 3) {
-          const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&high[j]));
-          low[j] = pack(a - rounded.x, b - rounded.y);
+          const float2 a = unpack(high[j]), b = unpack(high[j + 1]);
+          low[j] = pack(x.x - a.x, x.y - a.y);
+          low[j + 1] = pack(x.z - b.x, x.w - b.y);
         }
       }
       place[part * t.plane] = make_uint4(high[0], high[1], high[2], high[3]);
       if constexpr (T::kProducts == 3)
         place[(part + 2) * t.plane] = make_uint4(low[0], low[1], low[2], low[3]);
     }
-    fits &= largest >= smallest || largest == 0;
+    if (column < note.outside)
+#pragma unroll
+      for (int plane = 0; plane < T::kPlanes; ++plane)
+        place[plane * t.plane] = make_uint4(0, 0, 0, 0);
+    fits &= largest >= g.smallest || largest == 0;
   }
   return fits;
 }
@@ -221,20 +290,24 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
   Header& header = *reinterpret_cast<Header*>(shared);
   uint8_t* const raw = shared + memory.raw;
 
+  if (t.patches) note_sum_offsets(g, t, header.sum_offsets, converter_thread());
   Cursor at(g, t);
   int ahead = 0;  // stages on the way or waiting
-  const auto load_next = [&](int slot) {
+  Stage stage, raw_stage;
+  const auto load_next = [&] {
     if (!at.done(t)) {
-      const bool leads = converter_thread() == 0;
-      if (leads) header.raw_job[slot] = at.index;
-      uint8_t* const place = raw + slot * t.raw_bytes;
+      int slot = raw_stage.index() + ahead;
+      if (slot >= t.raw_stages) slot -= t.raw_stages;
+      float* const place = reinterpret_cast<float*>(raw + slot * t.raw_bytes);
       // The tile's place is made anew for every stage: there are no registers to keep it.
-      if (!t.bulk)
+      if (!t.bulk) {
+        if (converter_thread() == 0) header.raw[slot] = {at.index};
         load_source(g, t, SourceTile(g, t, at.index), at.sum_class, at.block, operands.source,
                     header, uint32_t(__cvta_generic_to_shared(place)), converter_thread());
-      else if (leads)
-        load_source_bulk(t, operands, SourceTile(g, t, at.index), at.block, place,
-                         header.raw_skew[slot], &header.raw_full[slot]);
+      } else if (converter_thread() == 0) {
+        load_source_bulk(g, t, operands, at.index, at.block, place, header.raw[slot],
+                         &header.raw_full[slot]);
+      }
       at.next(g, t);
       ++ahead;
     }
@@ -257,19 +330,20 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
   const auto cells = [&](const Stage& raw_stage) {
     return reinterpret_cast<const float*>(raw + raw_stage.index() * t.raw_bytes);
   };
-  Stage stage, raw_stage;
   const auto find_next_max = [&] {
     if (ahead == 0) return;
     wait_loaded(raw_stage);
-    find_channel_max(header.channel_max[raw_stage.index()], t, cells(raw_stage),
-                     converter_thread());
+    uint32_t* const channel_max = header.channel_max[raw_stage.index()];
+    if (t.raw_channels < kFewChannels)
+      find_channel_max<kWarp>(channel_max, t, cells(raw_stage), converter_thread());
+    else
+      find_channel_max<8>(channel_max, t, cells(raw_stage), converter_thread());
   };
-  int slot = 0, filling = t.raw_stages - 1;
+  int filling = t.raw_stages - 1;
   do {
     if (filling == 0)
       ptx::sync_threads<1, kConverterThreads>();  // all know the maxima, and are done with the last
-    load_next(slot);
-    if (++slot == t.raw_stages) slot = 0;
+    load_next();
     if (filling > 0) {
       if (--filling == 0) find_next_max();
       continue;
@@ -280,10 +354,16 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
     uint4* const converted = reinterpret_cast<uint4*>(shared + memory.sources) +
                              stage.index() * t.depth * t.plane * T::kPlanes;
     if (converter_thread() == 0) header.source_unit[stage.index()] = scale.magnitude * kSumUnit;
-    const int skew = t.bulk ? header.raw_skew[raw_stage.index()] : 0;
-    const bool fits = convert_source<T>(t, cells(raw_stage), skew, converted, scale.factor,
-                                        g.smallest, converter_thread());
-    if (!fits || !scale.fits) operands.bad_jobs[header.raw_job[raw_stage.index()]] = 1;
+    const RawNote& note = header.raw[raw_stage.index()];
+    const auto convert = [&]<int kRun>() {
+      return convert_source<T, kRun>(g, t, cells(raw_stage), note, header.sum_offsets, converted,
+                                     scale.factor, converter_thread());
+    };
+    const bool fits = !t.patches        ? convert.template operator()<0>()
+                      : g.w.phases == 1 ? convert.template operator()<1>()
+                      : g.w.phases == 2 ? convert.template operator()<2>()
+                                        : convert.template operator()<4>();
+    if (!fits || !scale.fits) operands.bad_jobs[note.job] = 1;
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     ptx::barrier_arrive(&header.source_full[stage.index()]);
     stage.next(t.source_stages);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <stdexcept>
 
 #include "cuda/check.h"
@@ -49,22 +50,37 @@ CUtensorMap make_map(const void* tensor, const std::array<int64_t, 4>& sizes,
 
 }  // namespace
 
-// A cell must be an element, rows dense, and every stride a multiple of 16 bytes.
-bool can_copy_bulk(const GemmProblem& g) {
-  constexpr int64_t kMaxStride = int64_t{1} << 38;
-  const auto& stride = g.source.stride;
-  const auto fits = [&](int i) {
-    return stride[i] % kVector == 0 && stride[i] > 0 && stride[i] < kMaxStride;
-  };
-  return g.h.phases == 1 && g.w.phases == 1 && stride[3] == 1 && fits(0) && fits(1) && fits(2);
+int source_kinds(const GemmProblem& g) {
+  return int(kVector / std::gcd(g.source.stride[2], int64_t{kVector}));
 }
 
-CUtensorMap make_source_map(const GemmProblem& g, const GemmTile& t, const void* source) {
-  const Tensor4& tensor = g.source;
-  const auto& stride = tensor.stride;
-  const int box[4] = {t.raw_pitch, t.raw_cells / t.raw_pitch, t.depth * kSumBlock, 1};
-  return make_map(source, {tensor.size[3], tensor.size[2], tensor.size[1], tensor.size[0]},
-                  {stride[2], stride[1], stride[0]}, box);
+// Rows must be dense, channels begin at multiples of 16 bytes. Of cells that are several elements
+// the phases must be whole channels of a block of the sum, each row of a cell in one kind's box and
+// aligned there to its own length.
+bool can_copy_bulk(const GemmProblem& g) {
+  constexpr int64_t kMaxStride = int64_t{1} << 36;
+  const auto& [size, stride] = g.source;
+  const int kinds = source_kinds(g), phases = g.h.phases * g.w.phases;
+  const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
+  const bool element = phases == 1;
+  const bool patch = g.sum_classes == 1 && kSumBlock % phases == 0 && g.h.phases % kinds == 0 &&
+                     g.w.phases <= kVector && stride[2] % g.w.phases == 0;
+  return stride[3] == 1 && fits(0) && fits(1) && fits(2) && stride[0] % kVector == 0 &&
+         stride[1] % kVector == 0 && size[2] >= kinds && (element || patch);
+}
+
+// Every row of a kind, from the last multiple of 16 bytes before where the first begins.
+void make_source_maps(const GemmProblem& g, const GemmTile& t, const float* source,
+                      CUtensorMap* maps) {
+  const auto& [size, stride] = g.source;
+  const int kinds = 1 << t.source_kinds_log;
+  const int box[4] = {t.raw_pitch, t.raw_cells / t.raw_pitch, t.raw_channels, 1};
+  for (int kind = 0; kind < kinds; ++kind) {
+    const int64_t first = kind * stride[2], before = first % kVector;
+    maps[kind] = make_map(source + first - before,
+                          {size[3] + before, ceil_divide(size[2] - kind, kinds), size[1], size[0]},
+                          {kinds * stride[2], stride[1], stride[0]}, box);
+  }
 }
 
 // Every row of a kind in every channel of a kind, from where its first sector begins; of its end

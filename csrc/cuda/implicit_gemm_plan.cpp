@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
 constexpr int kBlocks[] = {1, 2, 4};
 constexpr int kLargestBox = 256;             // the copy engine's, along any side
+constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, in floats
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
@@ -166,10 +167,24 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   return !join || join_rows(g);
 }
 
-void set_raw_cells(GemmTile& t, int cells) {
-  constexpr int kBoxAlignment = 128;
-  t.raw_cells = cells;
-  t.raw_bytes = int(round_up(cells * t.depth * kSumBlock * 4, kBoxAlignment));
+// The source as boxes; false where the copy engine cannot have them.
+bool copy_boxes(const GemmProblem& g, GemmTile& t) {
+  const int kinds = source_kinds(g), rows = (t.tile_rows + g.h.shifts - 1) * g.h.phases;
+  // A row begins at a multiple of 16 bytes, up to three floats before the tile: as many for every
+  // tile where tiles are whole vectors.
+  const bool aligned = t.tiles_w == 1 || t.step * g.w.phases % kVector == 0;
+  const int before = aligned && kinds == 1 ? g.w.first * g.w.phases & (kVector - 1) : kVector - 1;
+  const int raw_rows = int(ceil_divide(rows, kinds));
+  t.bulk = true;
+  t.source_kinds_log = std::countr_zero(unsigned(kinds));
+  t.raw_channels = t.depth * kSumBlock / (g.h.phases * g.w.phases);
+  t.raw_pitch = int(round_up(t.pitch * g.w.phases + before, kVector));
+  t.raw_cells = raw_rows * t.raw_pitch;
+  t.raw_box = int(round_up(t.raw_cells * t.raw_channels, kBoxAlignment));
+  t.raw_bytes = kinds * t.raw_box * 4;
+  t.patches = g.h.phases * g.w.phases > 1;  // elements are at the same places in all tiles
+  return !t.straddles && t.raw_pitch <= kLargestBox && raw_rows <= kLargestBox &&
+         (aligned || !t.patches);
 }
 
 // As many stages as fit: first those in which both halves of the results leave at a time, then raw
@@ -272,19 +287,10 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   if (jobs >= kMaxExtent || int64_t(g.images) * t.image_rows >= kMaxExtent) return false;
   t.jobs = int(jobs);
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
-  const int source_rows = t.tile_rows + g.h.shifts - 1;
-  // A row begins at a multiple of 16 bytes, up to three cells before the tile: as many for every
-  // tile where tiles are whole vectors.
-  const bool same = t.tiles_w == 1 || t.step % kVector == 0;
-  const int before = same ? g.w.first & (kVector - 1) : kVector - 1;
-  t.raw_pitch = int(round_up(t.pitch + before, kVector));
-  t.bulk = bulk && !t.straddles && t.raw_pitch <= kLargestBox && source_rows <= kLargestBox;
-  set_raw_cells(t, source_rows * t.raw_pitch);
-  if (!t.bulk) copy_by_cells(t);
+  if (!bulk || !copy_boxes(g, t)) copy_by_cells(t);
   t.box_width = int(round_up(t.step << t.woven_log, kSector));
-  // Boxes begin at multiples of 128 bytes.
   const int box = t.box_width * (8 >> t.woven_log) >> t.channel_kinds_log;
-  t.box_floats = int(round_up(box, 32));
+  t.box_floats = int(round_up(box, kBoxAlignment));
   t.boxed = boxes_pay(g, t);
   t.has_edges = t.overlap > 0 || g.result.size[3] % kVector != 0;
   // Rows that follow each other leave at once, but where another image begins.
@@ -370,9 +376,13 @@ GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
 }  // namespace
 
 void copy_by_cells(GemmTile& t) {
-  t.bulk = false;
+  t.bulk = t.patches = false;
+  t.source_kinds_log = 0;
+  t.raw_channels = t.depth * kSumBlock;
   t.raw_pitch = t.pitch;
-  set_raw_cells(t, int(round_up(t.source_cells, kVector)));
+  t.raw_cells = int(round_up(t.source_cells, kVector));
+  t.raw_box = t.raw_cells * t.raw_channels;
+  t.raw_bytes = t.raw_box * 4;
 }
 
 GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {

@@ -53,18 +53,30 @@ struct RowNote {
   RowPlace place;
 };
 
+// A raw stage.
+struct RawNote {
+  int job;  // whose cells it holds
+  // Only with bulk copies: how many cells at the begin of a row lie outside the source, though not
+  // outside of what a box has; and the floats before the tile in a row of each box.
+  int outside;
+  uint8_t skews[kMaxSourceKinds];
+};
+
 // Barriers and notes at the start of shared memory.
 struct Header {
   uint64_t weights_full[kMaxWeightStages], weights_empty[kMaxWeightStages];
   uint64_t source_full[kMaxSourceStages], source_empty[kMaxSourceStages];
   float source_unit[kMaxSourceStages];  // what 1 in the sums stands for
-  uint64_t raw_full[kMaxRawStages];     // this and the next only with bulk copies
-  int raw_skew[kMaxRawStages];
-  int raw_job[kMaxRawStages];           // whose cells a stage holds
+  uint64_t raw_full[kMaxRawStages];     // only with bulk copies
+  RawNote raw[kMaxRawStages];
   RowNote rows[kConsumers * 4][kRows];  // of every consumer warp
   // Bits of |x|.
   uint32_t channel_max[kMaxRawStages][kMaxDepth * kSumBlock];
-  SumPlace sum_places[kMaxDepth * kSumBlock];  // of the stage being copied, with mixed phases
+  // Only with several phases in a block of the sum:
+  union {
+    SumPlace sum_places[kMaxDepth * kSumBlock];  // of the stage being copied
+    int sum_offsets[kMaxDepth * kSumBlock];      // with bulk copies
+  };
 };
 static_assert(sizeof(Header) <= GemmSharedMemory::kHeader);
 

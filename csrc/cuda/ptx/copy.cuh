@@ -22,22 +22,24 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Arrives at the barrier, whose phase completes when so many bytes have, too.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
+                                         ::cuda::ptx::space_shared, barrier, bytes);
+}
+
 // Multiples of 16 bytes by one thread; the barrier's phase completes when they have arrived.
 __device__ __forceinline__ void copy_bulk(void* destination, const void* source, uint32_t bytes,
                                           uint64_t* barrier) {
-  ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
-                                         ::cuda::ptx::space_shared, barrier, bytes);
+  expect_bytes(barrier, bytes);
   ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, destination,
                              source, bytes, barrier);
 }
 
 // A box of a four-dimensional tensor, zeros outside of it; place: its first element, innermost
-// dimension first (a multiple of 16 bytes).
+// dimension first (a multiple of 16 bytes). The barrier expects its bytes.
 __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap* map,
-                                         const int32_t (&place)[4], uint32_t bytes,
-                                         uint64_t* barrier) {
-  ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
-                                         ::cuda::ptx::space_shared, barrier, bytes);
+                                         const int32_t (&place)[4], uint64_t* barrier) {
   ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global,
                                     destination, map, place, barrier);
 }
