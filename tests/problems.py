@@ -190,7 +190,8 @@ ODD = [
 # Rows of the result, and channels, begin at several places in a sector of memory, and a row is more
 # than a tile.
 WIDE = [
-    Problem("rows_of_66", 2, 16, 20, 68, 24, (3, 3), bias=True),
+    Problem("rows_of_66", 2, 16, 20, 68, 32, (3, 3), bias=True),
+    Problem("rows_of_68_woven", 2, 16, 17, 68, 24, (3, 3), padding=(1, 1)),
     Problem("rows_of_68", 2, 8, 16, 70, 16, (1, 3)),
     Problem("rows_of_70", 1, 8, 8, 70, 16, (3, 3), padding=(1, 1), bias=True),
     Problem("rows_of_76", 1, 8, 8, 78, 16, (3, 3)),

@@ -121,6 +121,9 @@ struct GemmProblem {
   int sum_classes;
   int class_rows, class_sums;  // of one class
   int sum_blocks;              // of kSumBlock, in class_sums
+  // Result channels of as many kinds as there are places in a sector of memory where they begin (0
+  // where that does not matter), and how many channels eight rows have. The eight are of one kind.
+  int channel_kinds_log, channels_log;
   // Taps of (row class, sum class): taps[tap_begin[r][s]] up to taps[tap_begin[r][s + 1]].
   int16_t tap_begin[kMaxClasses][kMaxClasses + 1];
   GemmTap taps[kMaxTaps];
@@ -139,11 +142,23 @@ struct GemmRow {
   int channel;           // of the group
   int phase_h, phase_w;  // of the cell
 };
+// Channels as they lie in the rows, those of a kind side by side, and back.
+CONVOPS_HOST_DEVICE inline int sort_kinds(int line, int kinds_log, int channels_log) {
+  const int low = line & ((1 << (kinds_log + channels_log)) - 1);
+  return line - low + ((low & ((1 << channels_log) - 1)) << kinds_log) + (low >> channels_log);
+}
 // Horizontal phases are neighbouring rows, because their results are neighbours in memory.
 CONVOPS_HOST_DEVICE inline GemmRow gemm_row(const GemmProblem& g, int row_class, int row) {
-  const int line = g.by_block_w.quotient(row);
+  const int line = sort_kinds(g.by_block_w.quotient(row), g.channel_kinds_log, g.channels_log);
   return {g.by_rows.remainder(line), g.row_classes > 1 ? row_class : g.by_rows.quotient(line),
           g.by_block_w.remainder(row)};
+}
+
+// Where that finds a channel, a vertical phase (of the row class) and a horizontal one.
+CONVOPS_HOST_DEVICE inline int find_gemm_row(const GemmProblem& g, int channel, int phase_h,
+                                             int phase_w) {
+  const int line = sort_kinds(phase_h * g.rows + channel, g.channels_log, g.channel_kinds_log);
+  return line * g.w.block + phase_w;
 }
 
 struct GemmSum {
@@ -182,11 +197,10 @@ struct GemmTile {
   // Results by which neighbouring tiles overlap, less than a sector of memory (8 floats): each
   // row's border is put where a sector begins. All rows begin at multiples of 8 - overlap.
   int overlap;
-  // In boxes, where those are few: rows of the result are of as many kinds as there are places in a
-  // sector where they begin, so are channels, and for every pair of kinds there is a map of the
-  // tensor whose rows all begin at a border.
+  // In boxes of a row of the tile, where maps are few: rows of the result are of kinds as channels
+  // are, and for every pair of kinds there is a map of the tensor whose rows all begin at a border.
   bool boxed;
-  int row_kinds_log, channel_kinds_log;
+  int row_kinds_log;
   int box_width, box_floats;  // of a channel's results, of a box in shared memory
   bool has_edges;             // results that are in no box
   // In lines: a row of the tile, or those that follow each other in an image, are a run.

@@ -234,7 +234,7 @@ __device__ __forceinline__ bool convert_source(const GemmProblem& g, const GemmT
                                                const float* raw, const RawNote& note,
                                                const int* offsets, uint4* stage, float factor,
                                                int thread) {
-  bool fits = true;
+  float least = g.smallest;
 #pragma unroll 1
   for (int i = thread; i < t.depth * t.source_cells; i += kConverterThreads) {
     int cell = i, block = 0;
@@ -252,7 +252,8 @@ __device__ __forceinline__ bool convert_source(const GemmProblem& g, const GemmT
     }
     uint4* const place = stage + block * T::kPlanes * t.plane + cell;
     float largest = 0;
-#pragma unroll
+    // At once, where there are registers for it.
+#pragma unroll(T::kProducerRegisters < 56 && kRun > 0 ? 1 : 2)
     for (int part = 0; part < 2; ++part) {
       uint32_t high[4], low[4];
 #pragma unroll
@@ -278,9 +279,9 @@ __device__ __forceinline__ bool convert_source(const GemmProblem& g, const GemmT
 #pragma unroll
       for (int plane = 0; plane < T::kPlanes; ++plane)
         place[plane * t.plane] = make_uint4(0, 0, 0, 0);
-    fits &= largest >= g.smallest || largest == 0;
+    if (largest > 0) least = fminf(least, largest);
   }
-  return fits;
+  return least == g.smallest;
 }
 
 template <typename T>

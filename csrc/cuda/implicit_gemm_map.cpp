@@ -87,8 +87,8 @@ void make_source_maps(const GemmProblem& g, const GemmTile& t, const float* sour
 // only whole vectors of 16 bytes, because the copy engine does not write less.
 void make_result_maps(const GemmProblem& g, const GemmTile& t, float* result, CUtensorMap* maps) {
   const auto& [size, stride] = g.result;
-  const int row_kinds = 1 << t.row_kinds_log, channel_kinds = 1 << t.channel_kinds_log;
-  const int box[4] = {t.box_width, 1, (8 >> t.woven_log) / channel_kinds, 1};
+  const int row_kinds = 1 << t.row_kinds_log, channel_kinds = 1 << g.channel_kinds_log;
+  const int box[4] = {t.box_width, 1, 8 >> t.woven_log, 1};
   for (int row = 0; row < row_kinds; ++row)
     for (int channel = 0; channel < channel_kinds; ++channel) {
       const int64_t first = row * stride[2] + channel * stride[1],

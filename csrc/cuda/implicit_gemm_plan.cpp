@@ -127,6 +127,25 @@ bool join_rows(GemmProblem& g) {
   return true;
 }
 
+// Of results this far apart: the places in a sector of memory where they begin.
+int kinds_log(int64_t stride) {
+  return std::countr_zero(unsigned(kSector / std::gcd(stride, int64_t{kSector})));
+}
+bool are_neighbours(const GemmProblem& g) {
+  const int block = g.w.block;
+  return g.result.stride[3] == 1 && (block == 1 || block == 2 || block == 4);
+}
+
+// Puts channels of a kind into eight rows of the weight, where they fill them.
+void sort_channels(GemmProblem& g) {
+  g.channel_kinds_log = g.channels_log = 0;
+  if (!are_neighbours(g)) return;
+  const int kinds = kinds_log(g.result.stride[1]), channels = 8 / g.w.block;
+  if (g.rows % (channels << kinds) != 0) return;
+  g.channel_kinds_log = kinds;
+  g.channels_log = std::countr_zero(unsigned(channels));
+}
+
 // The problem on cells of that size, with classes of rows and sums or without, with images joined
 // to rows or not; false where that is not to be had.
 bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, bool sum_classes,
@@ -164,7 +183,9 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   g.by_phases = Divisor(phases);
   g.by_phases_w = Divisor(g.w.phases);
   if (!list_taps(g)) return false;
-  return !join || join_rows(g);
+  if (join && !join_rows(g)) return false;
+  sort_channels(g);
+  return true;
 }
 
 // The source as boxes; false where the copy engine cannot have them.
@@ -192,10 +213,9 @@ bool copy_boxes(const GemmProblem& g, GemmTile& t) {
 bool choose_stages(GemmTile& t, int products) {
   t.source_stages = t.raw_stages = 2;
   t.weight_stages = kMaxWeightStages;
-  t.staged_floats = !t.neighbours
-                        ? 8 * gemm_stage_pitch(t.columns)
-                        : std::max((8 >> t.woven_log) * t.line,
-                                   t.boxed ? t.height * t.box_floats << t.channel_kinds_log : 0);
+  t.staged_floats =
+      !t.neighbours ? 8 * gemm_stage_pitch(t.columns)
+                    : std::max((8 >> t.woven_log) * t.line, t.boxed ? t.height * t.box_floats : 0);
   t.staged_floats = int(round_up(t.staged_floats, 32));
   t.staged_halves = 1;
   const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
@@ -220,32 +240,28 @@ bool choose_stages(GemmTile& t, int products) {
 void describe_results(const GemmProblem& g, GemmTile& t) {
   const auto& [size, stride] = g.result;
   const int block = g.w.block;
-  t.neighbours = stride[3] == 1 && (block == 1 || block == 2 || block == 4);
+  t.neighbours = are_neighbours(g);
   t.woven_log = t.neighbours ? block / 2 : 0;
   t.paired = t.neighbours && block == 1 && (stride[0] | stride[1] | stride[2] | size[3]) % 2 == 0;
-  const auto kinds_log = [](int64_t stride) {
-    return std::countr_zero(unsigned(kSector / std::gcd(stride, kSector)));
-  };
   t.row_kinds_log = kinds_log(stride[2]);
-  t.channel_kinds_log = kinds_log(stride[1]);
-  const int most = std::max({t.row_kinds_log, t.channel_kinds_log, kinds_log(stride[0])});
+  const int most = std::max({t.row_kinds_log, kinds_log(stride[1]), kinds_log(stride[0])});
   t.overlap = t.neighbours ? kSector - (kSector >> most) : 0;
 }
 
-// Whether the results of eight rows can leave as boxes: whole channels of one vertical phase, whose
-// rows begin at few different places in a sector (every kind's map is a kernel parameter). Of rows
-// that are short and begin inside a sector too much would be no box's.
+// Whether the results of eight rows can leave as boxes: whole channels of one vertical phase and
+// kind, whose rows begin at few different places in a sector (every kind's map is a kernel
+// parameter). Of rows that are short and begin inside a sector too much would be no box's.
 bool boxes_pay(const GemmProblem& g, const GemmTile& t) {
-  constexpr int kShortRow = 64, kMostBoxes = 32;  // a box a lane
+  constexpr int kShortRow = 64;
   const auto& [size, stride] = g.result;
-  const int channels = 8 >> t.woven_log, channel_kinds = 1 << t.channel_kinds_log;
+  const int channels = 8 >> t.woven_log, channel_kinds = 1 << g.channel_kinds_log;
   const int row_kinds = 1 << t.row_kinds_log, kinds = row_kinds * channel_kinds;
   const bool whole =
       g.rows % channels == 0 || (g.groups == 1 && (g.row_classes > 1 || g.h.block == 1));
-  return t.neighbours && whole && kinds <= kMaxKinds && channel_kinds <= channels &&
-         stride[0] % kSector == 0 && stride[0] > 0 && stride[1] > 0 && stride[2] > 0 &&
-         (kinds == 1 || size[3] >= kShortRow) && size[2] >= row_kinds && size[1] >= channel_kinds &&
-         t.box_width <= kLargestBox && t.height * channel_kinds <= kMostBoxes;
+  return t.neighbours && whole && kinds <= kMaxKinds &&
+         kinds_log(stride[1]) == g.channel_kinds_log && stride[0] % kSector == 0 && stride[0] > 0 &&
+         stride[1] > 0 && stride[2] > 0 && (kinds == 1 || size[3] >= kShortRow) &&
+         size[2] >= row_kinds && size[1] >= channel_kinds && t.box_width <= kLargestBox;
 }
 
 // The tile for a row of cells cut in `parts`; false if it does not fit.
@@ -289,8 +305,7 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
   if (!bulk || !copy_boxes(g, t)) copy_by_cells(t);
   t.box_width = int(round_up(t.step << t.woven_log, kSector));
-  const int box = t.box_width * (8 >> t.woven_log) >> t.channel_kinds_log;
-  t.box_floats = int(round_up(box, kBoxAlignment));
+  t.box_floats = int(round_up(t.box_width * (8 >> t.woven_log), kBoxAlignment));
   t.boxed = boxes_pay(g, t);
   t.has_edges = t.overlap > 0 || g.result.size[3] % kVector != 0;
   // Rows that follow each other leave at once, but where another image begins.

@@ -51,11 +51,11 @@ struct ResultRow {
     return image * stride[0] + place.channel * stride[1] + h(g, place) * stride[2] +
            (job.column * g.w.block + place.phase_w) * stride[3];
   }
-  // From where the tile begins there, in a channel of the kind.
-  __device__ int shift(const GemmProblem& g, const GemmTile& t, const RowPlace& place,
-                       int kind) const {
+  // From where the tile begins there.
+  __device__ int shift(const GemmProblem& g, const GemmTile& t, const RowPlace& place) const {
     if (t.overlap == 0) return 0;
-    return t.to_border(kind * int(g.result.stride[1]) + h(g, place) * int(g.result.stride[2]));
+    return t.to_border(place.channel * int(g.result.stride[1]) +
+                       h(g, place) * int(g.result.stride[2]));
   }
 };
 
@@ -119,33 +119,37 @@ __device__ __forceinline__ void stage_row(float* to, int first, int count, int w
   const uint32_t inside = elements_inside(element, step_log, count);
   const uint32_t inside_too = kPaired ? 0 : elements_inside(element + pair, step_log, count);
   to += element;
+  constexpr int kGroups = T::kColumns / 8, kBatch = kPaired ? kGroups : 4;
 #pragma unroll
-  for (int i = 0; i < T::kColumns / 8; ++i) {
-    const float a = totals[4 * i + 2 * half], b = totals[4 * i + 2 * half + 1];
-    if constexpr (kPaired) {
-      if (inside >> i & 1) *reinterpret_cast<float2*>(to + 8 * i) = make_float2(a, b);
-    } else {
-      if (inside >> i & 1) to[0] = a;
-      if (inside_too >> i & 1) to[pair] = b;
-      // Step by step: multiples of what only the host knows would fill the registers.
-      to += 1 << step_log;
+  for (int batch = 0; batch < kGroups; batch += kBatch) {
+    if (kPaired || ((inside | inside_too) >> batch & ((1 << kBatch) - 1)) != 0) {
+#pragma unroll
+      for (int i = batch; i < batch + kBatch && i < kGroups; ++i) {
+        const float a = totals[4 * i + 2 * half], b = totals[4 * i + 2 * half + 1];
+        const int at = 8 * (i - batch) << woven_log;
+        if constexpr (kPaired) {
+          if (inside >> i & 1) *reinterpret_cast<float2*>(to + at) = make_float2(a, b);
+        } else {
+          if (inside >> i & 1) to[at] = a;
+          if (inside_too >> i & 1) to[at + pair] = b;
+        }
+      }
     }
+    // Step by step: multiples of what only the host knows would fill the registers.
+    to += 8 * kBatch << woven_log;
   }
 }
 
-// Eight rows to boxes: channels of a kind (see make_result_maps) in a row of the tile. `place`: of
-// the first row.
+// Eight rows to boxes, one for each row of the tile. `place`: of the first row.
 template <typename T, bool kPaired>
 __device__ __forceinline__ void stage_boxes(const GemmProblem& g, const GemmTile& t,
                                             const LaneRow& lane, const ResultRows& rows,
                                             const RowPlace& place, int half, float* staged,
                                             const float (&totals)[T::kColumns / 2]) {
-  const int kind = lane.line & ((1 << t.channel_kinds_log) - 1);
-  float* box = staged + kind * t.box_floats + (lane.line >> t.channel_kinds_log) * t.box_width;
+  float* box = staged + lane.line * t.box_width;
 #pragma unroll 1
-  for (int r = 0; r < t.height; ++r, box += t.box_floats << t.channel_kinds_log)
-    stage_row<T, kPaired>(box,
-                          (r * t.pitch << t.woven_log) + rows.find(t, r).shift(g, t, place, kind),
+  for (int r = 0; r < t.height; ++r, box += t.box_floats)
+    stage_row<T, kPaired>(box, (r * t.pitch << t.woven_log) + rows.find(t, r).shift(g, t, place),
                           t.box_width, t.woven_log, lane.phase, half, totals);
 }
 
@@ -157,15 +161,16 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
                                             const GemmJob& job, const LaneRow& lane,
                                             const ResultRows& rows, const RowPlace& place, int half,
                                             float* result, const float (&totals)[T::kColumns / 2]) {
-  if (place.channel < 0 || place.channel + lane.line >= int(g.result.size[1])) return;
+  const int channel = lane.line << g.channel_kinds_log;
+  if (place.channel < 0 || place.channel + channel >= int(g.result.size[1])) return;
   const int begin = job.column * g.w.block, width = int(g.result.size[3]);
   const bool last = ends_row(g, t, job);
 #pragma unroll 1
   for (int r = 0; r < t.height; ++r) {
     const ResultRow at = rows.find(t, r);
     if (!at.exists(g, place)) continue;
-    const int first = r * t.pitch << t.woven_log, shift = at.shift(g, t, place, lane.line);
-    float* const row = result + at.offset(g, job, place) + lane.line * g.result.stride[1];
+    const int first = r * t.pitch << t.woven_log, shift = at.shift(g, t, place);
+    float* const row = result + at.offset(g, job, place) + channel * g.result.stride[1];
     if (begin == 0) stage_row<T, false>(row, first, shift, t.woven_log, lane.phase, half, totals);
     if (!last) continue;
     const int tail = min(shift + (width - shift) / kVector * kVector - begin, shift + t.box_width);
@@ -184,13 +189,12 @@ __device__ __forceinline__ void copy_boxes(const GemmProblem& g, const GemmTile&
   for (int r = 0; r < t.height; ++r) {
     const ResultRow row = rows.find(t, r);
     const int h = row.h(g, place), row_kind = h & ((1 << t.row_kinds_log) - 1);
-    const bool exists = row.exists(g, place);
+    const int channel_kind = place.channel & ((1 << g.channel_kinds_log) - 1);
     const int32_t at[4] = {job.column * g.w.block, h >> t.row_kinds_log,
-                           place.channel >> t.channel_kinds_log, row.image};
-#pragma unroll 1
-    for (int kind = 0; kind >> t.channel_kinds_log == 0; ++kind, staged += t.box_floats)
-      if (exists && threadIdx.x % kWarp == 0)
-        ptx::store_box(&maps[(row_kind << t.channel_kinds_log) + kind], at, staged);
+                           place.channel >> g.channel_kinds_log, row.image};
+    if (row.exists(g, place) && threadIdx.x % kWarp == 0)
+      ptx::store_box(&maps[(row_kind << g.channel_kinds_log) + channel_kind], at,
+                     staged + r * t.box_floats);
   }
 }
 

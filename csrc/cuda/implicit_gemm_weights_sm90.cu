@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int row_class = 0; row_class < g.row_classes; ++row_class) {
     const int steps = g.steps(row_class), first_tap = g.tap_begin[row_class][0];
     for (int phase = 0; phase < phases_h * g.w.block; ++phase) {
-      const int row = (phase / g.w.block * g.rows + channel) * g.w.block + phase % g.w.block;
+      const int row = find_gemm_row(g, channel, phase / g.w.block, phase % g.w.block);
       const GemmRow where = gemm_row(g, row_class, row);
       const GemmJob job{group, row_class, row / t.row_tile, 0, 0};
       uint4* const packed = reinterpret_cast<uint4*>(operands.packed_weights) +
