@@ -220,8 +220,11 @@ struct GemmTile {
   int raw_channels;          // of a stage: channels in bulk copies, else channels in a phase
   int raw_pitch, raw_cells;  // floats of a row, of a channel in a box, in whole vectors of four
   int raw_box, raw_bytes;    // floats of a box, bytes of a stage
-  int plane;                 // cells between planes in shared memory
+  // To find the largest of every channel, or of several pieces of a channel, groups of threads.
+  int max_groups, max_pieces_log;
+  int plane;  // cells between planes in shared memory
   int raw_stages, source_stages, weight_stages;
+  Divisor by_max_lanes;  // threads of such a group
   Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_runs;
 
   // Results from a place in the tensor to where tiles may meet next: the border of a sector. To
@@ -263,7 +266,7 @@ CONVOPS_HOST_DEVICE inline int64_t gemm_weight_step(const GemmProblem& g, const 
 struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
-  static constexpr int kHeader = 4608;  // barriers and notes
+  static constexpr int kHeader = 5120;  // barriers and notes
   CONVOPS_HOST_DEVICE static int cell_bytes(int products) {
     return kSumBlock * 2 * (products == 3 ? 2 : 1);
   }

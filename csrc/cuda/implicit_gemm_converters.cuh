@@ -7,6 +7,7 @@
 #include "cuda/implicit_gemm_stages.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/max.cuh"
 
 namespace convops::cuda::implicit_gemm {
 
@@ -45,8 +46,8 @@ __device__ __forceinline__ int converter_thread() {
   return thread - (kThreads - kConverterThreads);
 }
 
-// Channels for which all lanes of a warp look at one when its maximum is sought.
-constexpr int kFewChannels = 32;
+// Of the warp that has the least to convert.
+constexpr int kBulkThread = kConverterThreads - kWarp;
 
 // Where the tile of a job lies in the source.
 struct SourceTile {
@@ -163,38 +164,46 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
   }
 }
 
-__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
-
-// The largest |x| of every channel, as bits: those of NaN and Inf are larger than any number's.
-template <int kLanes>  // for a channel
-__device__ __forceinline__ void find_channel_max(uint32_t* channel_max, const GemmTile& t,
-                                                 const float* raw, int thread) {
-  const int lane = thread % kLanes;
-  for (int k = thread / kLanes; k < t.raw_channels; k += kConverterThreads / kLanes) {
-    uint32_t largest = 0;
+// The largest |x| that each thread sees of a channel, or of a piece of one: then `max_groups`
+// groups of threads have one each. NaN is larger than any number.
+__device__ __forceinline__ void find_max(float* thread_max, const GemmTile& t, const float* raw,
+                                         int thread) {
+  const int group = t.by_max_lanes.quotient(thread), lane = t.by_max_lanes.remainder(thread);
+  const int lanes = int(t.by_max_lanes.value), groups = t.max_groups;
+  float largest = 0;
+  if (group < groups) {
+    const int channel = group >> t.max_pieces_log, piece = group - (channel << t.max_pieces_log);
     for (int box = 0; box >> t.source_kinds_log == 0; ++box) {
-      const float4* const channel =
-          reinterpret_cast<const float4*>(raw + box * t.raw_box + k * t.raw_cells);
+      const float4* const cells =
+          reinterpret_cast<const float4*>(raw + box * t.raw_box + channel * t.raw_cells);
 #pragma unroll 4
-      for (int i = lane; i < t.raw_cells / 4; i += kLanes) {
-        const float4 x = channel[i];
-        largest = max(max(max(largest, magnitude(x.x)), max(magnitude(x.y), magnitude(x.z))),
-                      magnitude(x.w));
+      for (int i = lane + piece * lanes; i < t.raw_cells / 4; i += lanes << t.max_pieces_log) {
+        const float4 x = cells[i];
+        largest = ptx::max_nan(ptx::max_nan(largest, fabsf(x.x)), fabsf(x.y));
+        largest = ptx::max_nan(ptx::max_nan(largest, fabsf(x.z)), fabsf(x.w));
       }
     }
-    static_assert(kSumBlock % (kWarp / kLanes) == 0, "warps stay whole");
-#pragma unroll
-    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
-      largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
-    if (lane == 0) channel_max[k] = largest;
   }
+  thread_max[group < groups ? lane * groups + group : thread] = largest;
 }
 
-__device__ __forceinline__ Scale choose_stage_scale(const uint32_t* channel_max,
-                                                    const GemmProblem& g, const GemmTile& t) {
-  const int lane = threadIdx.x % kWarp, channels = t.raw_channels;
-  const uint32_t a = lane < channels ? channel_max[lane] : 0;
-  const uint32_t b = lane + kWarp < channels ? channel_max[lane + kWarp] : 0;
+// From what find_max left.
+__device__ __forceinline__ Scale choose_stage_scale(const float* thread_max, const GemmProblem& g,
+                                                    const GemmTile& t) {
+  const int lane = threadIdx.x % kWarp, groups = t.max_groups;
+  // Every second is of the same group, whatever their number.
+  float even = 0, odd = 0;
+#pragma unroll
+  for (int i = 0; i < kConverterWarps; ++i) {
+    float& largest = i % 2 == 0 ? even : odd;
+    largest = ptx::max_nan(largest, thread_max[i * kWarp + lane]);
+  }
+  uint32_t a = __float_as_uint(even), b = __float_as_uint(odd);
+  if (groups <= kWarp) a = b = max(a, b);
+  for (int apart = kWarp / 2; apart >= groups; apart /= 2)
+    a = b = max(a, __shfl_xor_sync(~0u, a, apart));
+  for (int apart = 1; apart >> t.max_pieces_log == 0; apart *= 2)
+    a = b = max(a, __shfl_xor_sync(~0u, a, apart));
   const uint32_t largest = __reduce_max_sync(~0u, max(a, b));
   // Of the channels that are not all zeros: zeros are exact.
   const uint32_t smallest = __reduce_min_sync(~0u, min(a - 1, b - 1));
@@ -305,7 +314,7 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
         if (converter_thread() == 0) header.raw[slot] = {at.index};
         load_source(g, t, SourceTile(g, t, at.index), at.sum_class, at.block, operands.source,
                     header, uint32_t(__cvta_generic_to_shared(place)), converter_thread());
-      } else if (converter_thread() == 0) {
+      } else if (converter_thread() == kBulkThread) {
         load_source_bulk(g, t, operands, at.index, at.block, place, header.raw[slot],
                          &header.raw_full[slot]);
       }
@@ -331,14 +340,14 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
   const auto cells = [&](const Stage& raw_stage) {
     return reinterpret_cast<const float*>(raw + raw_stage.index() * t.raw_bytes);
   };
+  // Of two stages that follow each other different ones, also where the ring has three.
+  const auto thread_max = [&](const Stage& raw_stage) {
+    return header.thread_max[(raw_stage.index() ^ (t.raw_stages & raw_stage.parity())) & 1];
+  };
   const auto find_next_max = [&] {
     if (ahead == 0) return;
     wait_loaded(raw_stage);
-    uint32_t* const channel_max = header.channel_max[raw_stage.index()];
-    if (t.raw_channels < kFewChannels)
-      find_channel_max<kWarp>(channel_max, t, cells(raw_stage), converter_thread());
-    else
-      find_channel_max<8>(channel_max, t, cells(raw_stage), converter_thread());
+    find_max(thread_max(raw_stage), t, cells(raw_stage), converter_thread());
   };
   int filling = t.raw_stages - 1;
   do {
@@ -349,7 +358,7 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
       if (--filling == 0) find_next_max();
       continue;
     }
-    const Scale scale = choose_stage_scale(header.channel_max[raw_stage.index()], g, t);
+    const Scale scale = choose_stage_scale(thread_max(raw_stage), g, t);
 
     ptx::barrier_wait(&header.source_empty[stage.index()], stage.parity() ^ 1);
     uint4* const converted = reinterpret_cast<uint4*>(shared + memory.sources) +

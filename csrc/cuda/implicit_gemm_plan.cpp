@@ -188,6 +188,14 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   return true;
 }
 
+void set_raw_channels(GemmTile& t, int channels) {
+  constexpr int kGroups = 16, kThreads = kConverterWarps * 32;
+  t.raw_channels = channels;
+  t.max_groups = std::max(kGroups, channels);
+  t.max_pieces_log = std::countr_zero(unsigned(t.max_groups / channels));
+  t.by_max_lanes = Divisor(kThreads / t.max_groups);
+}
+
 // The source as boxes; false where the copy engine cannot have them.
 bool copy_boxes(const GemmProblem& g, GemmTile& t) {
   const int kinds = source_kinds(g), rows = (t.tile_rows + g.h.shifts - 1) * g.h.phases;
@@ -198,7 +206,7 @@ bool copy_boxes(const GemmProblem& g, GemmTile& t) {
   const int raw_rows = int(ceil_divide(rows, kinds));
   t.bulk = true;
   t.source_kinds_log = std::countr_zero(unsigned(kinds));
-  t.raw_channels = t.depth * kSumBlock / (g.h.phases * g.w.phases);
+  set_raw_channels(t, t.depth * kSumBlock / (g.h.phases * g.w.phases));
   t.raw_pitch = int(round_up(t.pitch * g.w.phases + before, kVector));
   t.raw_cells = raw_rows * t.raw_pitch;
   t.raw_box = int(round_up(t.raw_cells * t.raw_channels, kBoxAlignment));
@@ -393,7 +401,7 @@ GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
 void copy_by_cells(GemmTile& t) {
   t.bulk = t.patches = false;
   t.source_kinds_log = 0;
-  t.raw_channels = t.depth * kSumBlock;
+  set_raw_channels(t, t.depth * kSumBlock);
   t.raw_pitch = t.pitch;
   t.raw_cells = int(round_up(t.source_cells, kVector));
   t.raw_box = t.raw_cells * t.raw_channels;

@@ -69,9 +69,8 @@ struct Header {
   float source_unit[kMaxSourceStages];  // what 1 in the sums stands for
   uint64_t raw_full[kMaxRawStages];     // only with bulk copies
   RawNote raw[kMaxRawStages];
-  RowNote rows[kConsumers * 4][kRows];  // of every consumer warp
-  // Bits of |x|.
-  uint32_t channel_max[kMaxRawStages][kMaxDepth * kSumBlock];
+  RowNote rows[kConsumers * 4][kRows];     // of every consumer warp
+  float thread_max[2][kConverterThreads];  // of this raw stage and the next
   // Only with several phases in a block of the sum:
   union {
     SumPlace sum_places[kMaxDepth * kSumBlock];  // of the stage being copied
