@@ -30,7 +30,7 @@ struct Cursor {
   }
   __device__ void skip_empty(const GemmProblem& g, const GemmTile& t) {
     for (; !done(t); index += gridDim.x) {
-      const int row_class = gemm_job(g, t, index).row_class;
+      const int row_class = g.row_classes > 1 ? gemm_job(g, t, index).row_class : 0;
       for (; sum_class < g.sum_classes; ++sum_class)
         if (g.tap_count(row_class, sum_class) > 0) return;
       sum_class = 0;
@@ -176,11 +176,18 @@ __device__ __forceinline__ void find_max(float* thread_max, const GemmTile& t, c
     for (int box = 0; box >> t.source_kinds_log == 0; ++box) {
       const float4* const cells =
           reinterpret_cast<const float4*>(raw + box * t.raw_box + channel * t.raw_cells);
-#pragma unroll 4
-      for (int i = lane + piece * lanes; i < t.raw_cells / 4; i += lanes << t.max_pieces_log) {
-        const float4 x = cells[i];
-        largest = ptx::max_nan(ptx::max_nan(largest, fabsf(x.x)), fabsf(x.y));
-        largest = ptx::max_nan(ptx::max_nan(largest, fabsf(x.z)), fabsf(x.w));
+      // Always so many at a time; the last one rather several times than a loop for what is left.
+      constexpr int kBatch = 4;
+      const int count = t.raw_cells / kVector, step = lanes << t.max_pieces_log;
+#pragma unroll 1
+      for (int i = lane + piece * lanes; i < count; i += kBatch * step) {
+        float4 x[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) x[j] = cells[min(i + j * step, count - 1)];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+          largest = ptx::max_nan(largest, ptx::max_nan(ptx::max_nan(fabsf(x[j].x), fabsf(x[j].y)),
+                                                       ptx::max_nan(fabsf(x[j].z), fabsf(x[j].w))));
       }
     }
   }
