@@ -56,11 +56,14 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
     noted = unit;
     // A job with a channel whose weights fp16 cannot hold is bad whatever its source.
     if (!rows_fit) operands.bad_jobs[index] = 1;
-    // Instructions set `sums` before they add to them; zeros here tell the compiler that storing
-    // may have their registers.
+    // Instructions set `sums` before they add to them; that they begin here tells the compiler that
+    // storing may have their registers.
     float sums[T::kColumns / 2];
 #pragma unroll
-    for (int i = 0; i < T::kColumns / 2; ++i) totals[i] = sums[i] = 0;
+    for (int i = 0; i < T::kColumns / 2; ++i) {
+      totals[i] = 0;
+      asm("" : "=f"(sums[i]));
+    }
 
     for (int sum_class = 0; sum_class < g.sum_classes; ++sum_class) {
       const int begin = g.tap_begin[job.row_class][sum_class];
