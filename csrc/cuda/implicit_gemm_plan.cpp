@@ -216,15 +216,15 @@ bool copy_boxes(const GemmProblem& g, GemmTile& t) {
          (aligned || !t.patches);
 }
 
-// As many stages as fit: first those in which both halves of the results leave at a time, then raw
-// ones for the memory's latency, then source stages for the converters'.
-bool choose_stages(GemmTile& t, int products) {
+// What there may be more of at the cost of others: both halves of the results leave at a time, raw
+// stages hide the memory's latency, source stages the converters'.
+constexpr int GemmTile::* kFavoured[] = {&GemmTile::staged_halves, &GemmTile::raw_stages,
+                                         &GemmTile::source_stages};
+
+// As many stages as fit, first those in favour; false if the fewest do not.
+bool choose_stages(GemmTile& t, int products, int GemmTile::* favoured) {
   t.source_stages = t.raw_stages = 2;
-  t.weight_stages = kMaxWeightStages;
-  t.staged_floats =
-      !t.neighbours ? 8 * gemm_stage_pitch(t.columns)
-                    : std::max((8 >> t.woven_log) * t.line, t.boxed ? t.height * t.box_floats : 0);
-  t.staged_floats = int(round_up(t.staged_floats, 32));
+  t.weight_stages = 4;
   t.staged_halves = 1;
   const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
   if (!fits()) --t.weight_stages;
@@ -237,10 +237,12 @@ bool choose_stages(GemmTile& t, int products) {
       break;
     }
   };
+  grow(t.*favoured, favoured == &GemmTile::staged_halves ? 2 : 3);
   grow(t.staged_halves, 2);
   grow(t.raw_stages, 3);
   grow(t.source_stages, kMaxSourceStages);
   grow(t.raw_stages, kMaxRawStages);
+  grow(t.weight_stages, kMaxWeightStages);
   return true;
 }
 
@@ -331,7 +333,12 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
-  return t.plane < (1 << 14) && choose_stages(t, g.products);  // 14 bits in the descriptor
+  // Lines, too, where there are boxes: a result may be unfit for them by its address.
+  t.staged_floats =
+      !t.neighbours ? 8 * gemm_stage_pitch(columns)
+                    : std::max((8 >> t.woven_log) * t.line, t.boxed ? t.height * t.box_floats : 0);
+  t.staged_floats = int(round_up(t.staged_floats, kBoxAlignment));
+  return t.plane < (1 << 14);  // 14 bits in the descriptor
 }
 
 // Into how many parts a row of cells may be cut: the fewest that fit, and more.
@@ -451,9 +458,12 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
                     const int depth = 1 << i % 3;
                     if (depth > 1 && depth >= 2 * g.sum_blocks) continue;
                     if (!make_tile(g, row_tile, columns, parts, depth, bulk, i >= 3, t)) continue;
-                    const double seconds = estimate(g, t, device, p.bytes());
-                    if (seconds >= best.seconds) continue;
-                    best = {"", g, t, seconds, {}};
+                    for (int GemmTile::* const favoured : kFavoured) {
+                      if (!choose_stages(t, g.products, favoured)) break;
+                      const double seconds = estimate(g, t, device, p.bytes());
+                      if (seconds >= best.seconds) continue;
+                      best = {"", g, t, seconds, {}};
+                    }
                   }
                 }
             }

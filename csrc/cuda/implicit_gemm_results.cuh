@@ -297,53 +297,60 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
   const int lane = threadIdx.x % kWarp, group = of_warp(threadIdx.x / kWarp / 4);
   const ResultRows rows(t, job.row + (T::kRowTile == 128 ? 0 : group * t.height));
   const LaneRow lane_row(t);
+  const auto lines = [&](int half) {
+    return staged + half * (t.staged_halves - 1) * t.staged_floats;
+  };
+  // Of the first of eight rows.
+  const auto first_place = [&](int half) {
+    const RowPlace& place = notes[8 * half].place;
+    return RowPlace{of_warp(place.channel), int16_t(of_warp(place.phase_h)), 0};
+  };
 #pragma unroll
-  for (int half = 0; half < 2; ++half, notes += 8) {
-    const float scale = notes[lane / 4].scale, bias = notes[lane / 4].bias;
+  for (int half = 0; half < 2; ++half) {
+    const float scale = notes[8 * half + lane / 4].scale, bias = notes[8 * half + lane / 4].bias;
 #pragma unroll
     for (int i = 0; i < T::kColumns / 4; ++i) {
       float& total = totals[i / 2 * 4 + 2 * half + i % 2];
       total = fmaf(total, scale, bias);
     }
-    float* const lines = staged + (t.staged_halves == 2 ? half * t.staged_floats : 0);
     if (!t.neighbours) {
+      float* const line = lines(half);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < T::kColumns / 8; ++i)
-        *reinterpret_cast<float2*>(&lines[lane / 4 * T::kStagePitch + 8 * i + lane % 4 * 2]) =
+        *reinterpret_cast<float2*>(&line[lane / 4 * T::kStagePitch + 8 * i + lane % 4 * 2]) =
             make_float2(totals[4 * i + 2 * half], totals[4 * i + 2 * half + 1]);
       __syncwarp();
-      store_apart<T>(g, t, job, rows, notes, operands.result, lines);
+      store_apart<T>(g, t, job, rows, notes + 8 * half, operands.result, line);
       continue;
     }
-    // What was copied from here has left.
-    if (t.staged_halves == 2)
-      ptx::store_wait_read<1>();
-    else
+    if (half == 0 || t.staged_halves == 1) {  // what was copied from here has left
       ptx::store_wait_read<0>();
-    __syncwarp();
-    const RowPlace place{of_warp(notes[0].place.channel), int16_t(of_warp(notes[0].place.phase_h)),
-                         0};
+      __syncwarp();
+    }
+    const RowPlace place = first_place(half);
     const auto stage = [&]<bool kPaired>() {
       if (t.boxed)
-        stage_boxes<T, kPaired>(g, t, lane_row, rows, place, half, lines, totals);
+        stage_boxes<T, kPaired>(g, t, lane_row, rows, place, half, lines(half), totals);
       else
-        stage_lines<T, kPaired>(g, t, job, lane_row, rows, notes, half, operands.result, lines,
-                                totals);
+        stage_lines<T, kPaired>(g, t, job, lane_row, rows, notes + 8 * half, half, operands.result,
+                                lines(half), totals);
     };
     if (t.paired)
       stage.template operator()<true>();
     else
       stage.template operator()<false>();
+    if (t.boxed && t.has_edges && (job.column == 0 || ends_row(g, t, job)))
+      store_edges<T>(g, t, job, lane_row, rows, place, half, operands.result, totals);
+    if (half == 0 && t.staged_halves == 2) continue;  // one fence for both
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     __syncwarp();
-    if (t.boxed) {
-      copy_boxes(g, t, job, rows, place, operands.result_maps, lines);
-      if (t.has_edges && (job.column == 0 || ends_row(g, t, job)))
-        store_edges<T>(g, t, job, lane_row, rows, place, half, operands.result, totals);
-    } else {
-      copy_lines(g, t, job, rows, notes, operands.result, lines);
-    }
+#pragma unroll 1
+    for (int i = half + 1 - t.staged_halves; i <= half; ++i)
+      if (t.boxed)
+        copy_boxes(g, t, job, rows, first_place(i), operands.result_maps, lines(i));
+      else
+        copy_lines(g, t, job, rows, notes + 8 * i, operands.result, lines(i));
     ptx::store_commit();
   }
 }
