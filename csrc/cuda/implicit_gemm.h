@@ -44,7 +44,7 @@ inline constexpr int kVector = 4;                    // floats the copy engine's
 inline constexpr int kMaxSourceKinds = 4;            // of rows of the source
 inline constexpr int kMaxKinds = 8;                  // of rows times channels of the result
 inline constexpr int kWeightStageBytes = 8192;       // one to four steps
-inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages = 8;
+inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages = 7;
 
 // Floats between staged rows: an odd multiple of 8, against bank conflicts.
 constexpr int gemm_stage_pitch(int columns) { return columns / 16 * 16 + 24; }
@@ -266,7 +266,7 @@ CONVOPS_HOST_DEVICE inline int64_t gemm_weight_step(const GemmProblem& g, const 
 struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
-  static constexpr int kHeader = 5248;  // barriers and notes
+  static constexpr int kHeader = 5120;  // barriers and notes: every byte is one less for tiles
   CONVOPS_HOST_DEVICE static int cell_bytes(int products) {
     return kSumBlock * 2 * (products == 3 ? 2 : 1);
   }

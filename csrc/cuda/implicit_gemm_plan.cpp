@@ -21,20 +21,22 @@ constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, i
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 17;         // between taps
-constexpr double kPromoteCycles = 145;     // to add up sums in registers
-constexpr double kConvertCycles = 172;     // a pass of the converters' threads over a stage
-constexpr double kCopyCycles = 1450;       // the same where they copy cell by cell
-constexpr double kMixedCopyCycles = 2160;  // and several phases of the source mix
-constexpr double kStraddle = 1.2;          // times as long where tiles lie across images
-constexpr double kStageCycles = 3330;      // of a stage, whatever its size
-constexpr double kRowCycles = 460;         // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 4;        // times as long where they are staged one by one
-constexpr double kRunCycles = 96;          // of a run that is copied by itself
-constexpr double kApartCycles = 0.64;      // of a result that goes alone
-constexpr double kJobCycles = 3880;
-constexpr double kOverlap = 0.31;         // of the shorter of two things at a time is not hidden
-constexpr double kClock = 1.77e9;         // under load
+constexpr double kStepCycles = 35;      // between taps
+constexpr double kPromoteCycles = 312;  // to add up sums in registers
+constexpr double kConvertCycles = 133;  // a pass of the converters' threads over a stage
+constexpr double kCrowded = 1.5;      // times as long with the widest instruction: fewer registers
+constexpr double kMaxCycles = 75;     // of a vector that a thread looks at for the maximum
+constexpr double kCopyCycles = 1640;  // the same where they copy cell by cell
+constexpr double kMixedCopyCycles = 2600;  // and several phases of the source mix
+constexpr double kStraddle = 1.05;         // times as long where tiles lie across images
+constexpr double kStageCycles = 1980;      // of a stage, whatever its size
+constexpr double kRowCycles = 546;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 2.94;     // times as long where they are staged one by one
+constexpr double kRunCycles = 85;          // of a run that is copied by itself
+constexpr double kApartCycles = 0.67;      // of a result that goes alone
+constexpr double kJobCycles = 1190;
+constexpr double kOverlap = 0.39;         // of the shorter of two things at a time is not hidden
+constexpr double kClock = 1.8e9;          // under load
 constexpr double kBandwidthShare = 0.95;  // of the device's peak
 constexpr double kLaunchSeconds = 27e-6;  // three kernels
 
@@ -216,13 +218,10 @@ bool copy_boxes(const GemmProblem& g, GemmTile& t) {
          (aligned || !t.patches);
 }
 
-// What there may be more of at the cost of others: both halves of the results leave at a time, raw
-// stages hide the memory's latency, source stages the converters'.
-constexpr int GemmTile::* kFavoured[] = {&GemmTile::staged_halves, &GemmTile::raw_stages,
-                                         &GemmTile::source_stages};
-
-// As many stages as fit, first those in favour; false if the fewest do not.
-bool choose_stages(GemmTile& t, int products, int GemmTile::* favoured) {
+// As many stages as fit: first those in which both halves of the results leave at a time, then raw
+// ones for the memory's latency, then source stages for the converters'; false if the fewest do
+// not.
+bool choose_stages(GemmTile& t, int products) {
   t.source_stages = t.raw_stages = 2;
   t.weight_stages = 4;
   t.staged_halves = 1;
@@ -237,7 +236,6 @@ bool choose_stages(GemmTile& t, int products, int GemmTile::* favoured) {
       break;
     }
   };
-  grow(t.*favoured, favoured == &GemmTile::staged_halves ? 2 : 3);
   grow(t.staged_halves, 2);
   grow(t.raw_stages, 3);
   grow(t.source_stages, kMaxSourceStages);
@@ -338,7 +336,7 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
       !t.neighbours ? 8 * gemm_stage_pitch(columns)
                     : std::max((8 >> t.woven_log) * t.line, t.boxed ? t.height * t.box_floats : 0);
   t.staged_floats = int(round_up(t.staged_floats, kBoxAlignment));
-  return t.plane < (1 << 14);  // 14 bits in the descriptor
+  return t.plane < (1 << 14) && choose_stages(t, g.products);  // 14 bits in the descriptor
 }
 
 // Into how many parts a row of cells may be cut: the fewest that fit, and more.
@@ -372,8 +370,9 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / (kConverterWarps * 32));
     const double copy = (mixed ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddle : 1);
-    const double convert =
-        stages * (kStageCycles + passes * kConvertCycles + (t.bulk ? 0 : passes * copy));
+    const double look = t.raw_bytes / 16.0 / (kConverterWarps * 32) * kMaxCycles;
+    const double pass = kConvertCycles * (t.columns > 152 ? kCrowded : 1) + (t.bulk ? 0 : copy);
+    const double convert = stages * (kStageCycles + look + passes * pass);
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
     const double staging = t.height * kRowCycles * (t.paired ? 1 : kUnpairedRows);
@@ -458,12 +457,9 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
                     const int depth = 1 << i % 3;
                     if (depth > 1 && depth >= 2 * g.sum_blocks) continue;
                     if (!make_tile(g, row_tile, columns, parts, depth, bulk, i >= 3, t)) continue;
-                    for (int GemmTile::* const favoured : kFavoured) {
-                      if (!choose_stages(t, g.products, favoured)) break;
-                      const double seconds = estimate(g, t, device, p.bytes());
-                      if (seconds >= best.seconds) continue;
-                      best = {"", g, t, seconds, {}};
-                    }
+                    const double seconds = estimate(g, t, device, p.bytes());
+                    if (seconds >= best.seconds) continue;
+                    best = {"", g, t, seconds, {}};
                   }
                 }
             }
