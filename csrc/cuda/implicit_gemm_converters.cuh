@@ -69,6 +69,7 @@ __device__ __forceinline__ int map_column(const GemmProblem& g, int kind, int w)
 
 // One thread copies the tile as boxes, box i from the tile's row i (of elements) on. The copy
 // engine writes zeros outside the tensor, but where a kind's rows begin before their first element.
+// What is noted, others read behind the next barrier.
 __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const GemmTile& t,
                                                  const GemmOperands& operands, int job, int block,
                                                  float* raw, RawNote& note, uint64_t* full) {

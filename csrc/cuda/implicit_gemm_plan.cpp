@@ -174,7 +174,9 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   const int phases = g.h.phases * g.w.phases;
   if (row_classes && g.h.block > kMaxClasses) return false;
   if (sum_classes && phases > kMaxClasses) return false;
-  if (int64_t{g.rows} * g.h.block * g.w.block >= kMaxExtent) return false;
+  if (std::max(g.h.block, g.w.block) > std::numeric_limits<int16_t>::max() ||
+      int64_t{g.rows} * g.h.block * g.w.block >= kMaxExtent)
+    return false;
   g.row_classes = row_classes ? g.h.block : 1;
   g.sum_classes = sum_classes ? phases : 1;
   g.class_rows = g.rows * g.w.block * (row_classes ? 1 : g.h.block);
