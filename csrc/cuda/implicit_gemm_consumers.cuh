@@ -75,7 +75,12 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
         const int steps = min(t.depth, g.sum_blocks - block) * (end - begin);
         ptx::Matrix b = b0 + source.index() * t.depth * t.plane * T::kPlanes;
         for (int step = 0, tap = begin; step < steps;) {
-          const int promoted = T::kProducts == 3 ? min(steps - step, kPromotedTaps) : steps - step;
+          // Both warpgroups promote as often, but the second has its short turn first: while one
+          // adds up its sums, the other multiplies.
+          const int turn = step == 0 && group == 1
+                               ? ((steps - 1) % kPromotedTaps / T::kSteps + 1) * T::kSteps
+                               : kPromotedTaps;
+          const int promoted = T::kProducts == 3 ? min(steps - step, turn) : steps - step;
           int i = 0;
           const auto multiply_next = [&](ptx::Matrix a) {
             multiply_tap<T>(sums, a, b + g.taps[tap].offset, t.plane, i > 0);

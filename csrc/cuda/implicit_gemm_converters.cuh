@@ -226,8 +226,10 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
   return *reinterpret_cast<const uint32_t*>(&halves);
 }
 
-__device__ __forceinline__ float2 unpack(uint32_t halves) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+// What rounding left over.
+__device__ __forceinline__ uint32_t pack_rest(float a, float b, uint32_t rounded) {
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&rounded));
+  return pack(a - high.x, b - high.y);
 }
 
 // Four of the sum's elements of a cell. Phases of a row, kRun of them, are neighbours, and where
@@ -245,13 +247,12 @@ __device__ __forceinline__ float4 read_cell(const float* from, const int* offset
   if constexpr (kRun == 4) return *reinterpret_cast<const float4*>(from + offsets[0]);
 }
 
-// Writes the cells' high and low parts; whether every cell's channels fit the scale.
+// Writes the cells' high and low parts, and marks the job where a cell does not fit the scale.
 template <typename T, int kRun>
-__device__ __forceinline__ bool convert_source(const GemmProblem& g, const GemmTile& t,
+__device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmTile& t,
                                                const float* raw, const RawNote& note,
                                                const int* offsets, uint4* stage, float factor,
-                                               int thread) {
-  float least = g.smallest;
+                                               uint8_t* bad_jobs, int thread) {
 #pragma unroll 1
   for (int i = thread; i < t.depth * t.source_cells; i += kConverterThreads) {
     int cell = i, block = 0;
@@ -283,22 +284,22 @@ __device__ __forceinline__ bool convert_source(const GemmProblem& g, const GemmT
         high[j] = pack(x.x, x.y);
         high[j + 1] = pack(x.z, x.w);
         if constexpr (T::kProducts == 3) {
-          const float2 a = unpack(high[j]), b = unpack(high[j + 1]);
-          low[j] = pack(x.x - a.x, x.y - a.y);
-          low[j + 1] = pack(x.z - b.x, x.w - b.y);
+          low[j] = pack_rest(x.x, x.y, high[j]);
+          low[j + 1] = pack_rest(x.z, x.w, high[j + 1]);
         }
       }
       place[part * t.plane] = make_uint4(high[0], high[1], high[2], high[3]);
       if constexpr (T::kProducts == 3)
         place[(part + 2) * t.plane] = make_uint4(low[0], low[1], low[2], low[3]);
     }
-    if (column < note.outside)
+    if (column < note.outside) {
 #pragma unroll
       for (int plane = 0; plane < T::kPlanes; ++plane)
         place[plane * t.plane] = make_uint4(0, 0, 0, 0);
-    if (largest > 0) least = fminf(least, largest);
+    } else if (largest > 0 && largest < g.smallest) {
+      bad_jobs[note.job] = 1;
+    }
   }
-  return least == g.smallest;
 }
 
 template <typename T>
@@ -374,14 +375,18 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
     if (converter_thread() == 0) header.source_unit[stage.index()] = scale.magnitude * kSumUnit;
     const RawNote& note = header.raw[raw_stage.index()];
     const auto convert = [&]<int kRun>() {
-      return convert_source<T, kRun>(g, t, cells(raw_stage), note, header.sum_offsets, converted,
-                                     scale.factor, converter_thread());
+      convert_source<T, kRun>(g, t, cells(raw_stage), note, header.sum_offsets, converted,
+                              scale.factor, operands.bad_jobs, converter_thread());
     };
-    const bool fits = !t.patches        ? convert.template operator()<0>()
-                      : g.w.phases == 1 ? convert.template operator()<1>()
-                      : g.w.phases == 2 ? convert.template operator()<2>()
-                                        : convert.template operator()<4>();
-    if (!fits || !scale.fits) operands.bad_jobs[note.job] = 1;
+    if (!t.patches)
+      convert.template operator()<0>();
+    else if (g.w.phases == 1)
+      convert.template operator()<1>();
+    else if (g.w.phases == 2)
+      convert.template operator()<2>();
+    else
+      convert.template operator()<4>();
+    if (!scale.fits) operands.bad_jobs[note.job] = 1;
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     ptx::barrier_arrive(&header.source_full[stage.index()]);
     stage.next(t.source_stages);

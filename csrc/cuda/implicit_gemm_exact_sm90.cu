@@ -35,7 +35,9 @@ CONVOPS_HOST_DEVICE int phase_chunks(const GemmProblem& g) { return (g.rows + kR
 CONVOPS_HOST_DEVICE Chunks touched_chunks(const GemmProblem& g, const GemmTile& t, int row_block) {
   const int begin = row_block * t.row_tile, end = begin + t.row_tile;
   const int last = (end < g.class_rows ? end : g.class_rows) - 1;
-  // As in gemm_row: horizontal phases first, then channels, then vertical phases.
+  // As in gemm_row: horizontal phases first, then channels, then vertical phases. Channels sorted
+  // by kinds stay among themselves: they are 8 rows of each kind.
+  static_assert(64 % (8 * kSector) == 0, "blocks of rows are whole groups of sorted channels");
   const auto chunk = [&](int row) {
     const int line = row / g.w.block;
     return line / g.rows * phase_chunks(g) + line % g.rows / kRows;

@@ -21,19 +21,19 @@ constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, i
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 35;      // between taps
-constexpr double kPromoteCycles = 312;  // to add up sums in registers
-constexpr double kConvertCycles = 133;  // a pass of the converters' threads over a stage
-constexpr double kCrowded = 1.5;      // times as long with the widest instruction: fewer registers
-constexpr double kMaxCycles = 75;     // of a vector that a thread looks at for the maximum
-constexpr double kCopyCycles = 1640;  // the same where they copy cell by cell
+constexpr double kStepCycles = 35;         // between taps
+constexpr double kPromoteCycles = 312;     // to add up sums in registers
+constexpr double kConvertCycles = 133;     // a pass of the converters' threads over a stage
+constexpr double kCopyCycles = 1640;       // besides, where they copy cell by cell
 constexpr double kMixedCopyCycles = 2600;  // and several phases of the source mix
-constexpr double kStraddle = 1.05;         // times as long where tiles lie across images
-constexpr double kStageCycles = 1980;      // of a stage, whatever its size
-constexpr double kRowCycles = 546;         // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 2.94;     // times as long where they are staged one by one
-constexpr double kRunCycles = 85;          // of a run that is copied by itself
-constexpr double kApartCycles = 0.67;      // of a result that goes alone
+constexpr double kCrowded = 1.5;       // times as long with the widest instruction: fewer registers
+constexpr double kMaxCycles = 75;      // of a vector that a thread looks at for the maximum
+constexpr double kStraddle = 1.05;     // times as long where tiles lie across images
+constexpr double kStageCycles = 1980;  // of a stage, whatever its size
+constexpr double kRowCycles = 546;     // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 2.94;  // times as long where they are staged one by one
+constexpr double kRunCycles = 85;       // of a run that is copied by itself
+constexpr double kApartCycles = 0.67;   // of a result that goes alone
 constexpr double kJobCycles = 1190;
 constexpr double kOverlap = 0.39;         // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.8e9;          // under load

@@ -56,8 +56,8 @@ struct RowNote {
 // A raw stage.
 struct RawNote {
   int job;  // whose cells it holds
-  // Only with bulk copies: how many cells at the begin of a row lie outside the source, though not
-  // outside of what a box has; and the floats before the tile in a row of each box.
+  // How many cells at the begin of a row lie outside the source, though not outside of what a box
+  // has; and the floats before the tile in a row of each box. Without bulk copies zeros.
   int outside;
   uint8_t skews[kMaxSourceKinds];
 };
