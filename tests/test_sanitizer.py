@@ -31,7 +31,9 @@ dense = [
     Problem("one_phase_at_a_time", 2, 40, 13, 14, 136, (3, 3), (2, 2), (1, 1)),
     Problem("results_apart", 2, 24, 13, 14, 40, (3, 3), (3, 3), (1, 1)),
     Problem("tiles_across_images", 150, 16, 7, 7, 24, (3, 3), padding=(1, 1)),
-    Problem("kinds_of_rows", 1, 16, 10, 68, 24, (3, 3), bias=True),
+    Problem("kinds_of_rows", 1, 16, 12, 68, 32, (3, 3), bias=True),
+    Problem("patches", 2, 24, 12, 16, 40, (3, 3), (2, 2), (1, 1)),
+    Problem("patches_in_a_vector", 2, 3, 20, 32, 24, (5, 5), (4, 4), (1, 1)),
     Problem("nan", 2, 20, 9, 20, 24, (3, 3), padding=(1, 1), bias=True),
 ]
 ran = 0
