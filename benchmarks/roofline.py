@@ -1,6 +1,7 @@
 """Calls every dense KernelBench problem once, for Nsight Compute to measure its kernel.
 
-    ncu --section SpeedOfLight --section MemoryWorkloadAnalysis \\
+    ncu --section SpeedOfLight --section ComputeWorkloadAnalysis \\
+        --section MemoryWorkloadAnalysis \\
         --metrics dram__bytes.sum,sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed \\
         -k regex:implicit_gemm_kernel --page raw --csv python -m benchmarks.roofline
 

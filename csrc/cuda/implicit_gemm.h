@@ -31,13 +31,16 @@ inline constexpr int kMaxDepth = 4;
 
 // Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each.
 inline constexpr int kGemmColumns[] = {96, 128, 152, 160};
+// With more of them the consumers need registers that the converters then have not.
+inline constexpr int kRoomyColumns = 152;
 
 // After so many taps of three products sums are promoted: 18 truncated additions
 // (docs/implicit_gemm.md).
 inline constexpr int kPromotedTaps = 6;
 
-inline constexpr int kConsumers = 2;                 // warpgroups that multiply
-inline constexpr int kConverterWarps = 7;            // and one that streams weights
+inline constexpr int kConsumers = 2;       // warpgroups that multiply
+inline constexpr int kConverterWarps = 7;  // and one that streams weights
+inline constexpr int kConverterThreads = kConverterWarps * 32;
 inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
 inline constexpr int kSector = 8;                    // floats that memory writes at once
 inline constexpr int kVector = 4;                    // floats the copy engine's places are whole in
@@ -129,6 +132,9 @@ struct GemmProblem {
   GemmTap taps[kMaxTaps];
   Divisor by_rows, by_block_w, by_phases, by_phases_w;  // of the numbers of that name
 
+  CONVOPS_HOST_DEVICE int phases() const { return h.phases * w.phases; }  // of the source
+  // Whether a block of the sum has several of them.
+  CONVOPS_HOST_DEVICE bool mixes_phases() const { return sum_classes == 1 && phases() > 1; }
   CONVOPS_HOST_DEVICE int tap_count(int row_class, int sum_class) const {
     return tap_begin[row_class][sum_class + 1] - tap_begin[row_class][sum_class];
   }

@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const Gem
 }
 
 // Where the elements of a cell's sum lie in boxes, those together that are neighbours in a row: the
-// same for all tiles (see copy_boxes in implicit_gemm_plan.cpp).
+// same for all tiles (see copy_in_bulk in implicit_gemm_plan.cpp).
 __device__ __forceinline__ void note_sum_offsets(const GemmProblem& g, const GemmTile& t,
                                                  int* offsets, int thread) {
   if (thread * g.w.phases >= t.depth * kSumBlock) return;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
                                             const SourceTile& tile, int sum_class, int block,
                                             const float* source, Header& header, uint32_t raw,
                                             int thread) {
-  const bool mixed = g.sum_classes == 1 && g.h.phases * g.w.phases > 1;
+  const bool mixed = g.mixes_phases();
   const int height = int(g.source.size[2]), width = int(g.source.size[3]);
   const int64_t channel_stride = g.source.stride[1];
   const GemmSum first = gemm_sum(g, sum_class, block * kSumBlock);

@@ -61,14 +61,13 @@ int source_kinds(const GemmProblem& g) {
 bool can_copy_bulk(const GemmProblem& g) {
   constexpr int64_t kMaxStride = int64_t{1} << 36;
   const auto& [size, stride] = g.source;
-  const int kinds = source_kinds(g), phases = g.h.phases * g.w.phases;
+  const int kinds = source_kinds(g), phases = g.phases();
   const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
   const bool own = kinds == 1 || stride[2] == size[3];
-  const bool element = phases == 1;
   const bool patch = g.sum_classes == 1 && kSumBlock % phases == 0 && g.h.phases % kinds == 0 &&
                      g.w.phases <= kVector && stride[2] % g.w.phases == 0;
   return stride[3] == 1 && fits(0) && fits(1) && fits(2) && stride[0] % kVector == 0 &&
-         stride[1] % kVector == 0 && size[2] >= kinds && own && (element || patch);
+         stride[1] % kVector == 0 && size[2] >= kinds && own && (phases == 1 || patch);
 }
 
 // Every row of a kind, from the last multiple of 16 bytes before where the first begins.

@@ -171,7 +171,7 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   g.cells_w = int(ceil_divide(g.result.size[3], g.w.block));
   g.products = p.precision == Precision::kIeee ? 3 : 1;
   g.smallest = smallest_element(g.products, g.sums * p.kernel().h * p.kernel().w);
-  const int phases = g.h.phases * g.w.phases;
+  const int phases = g.phases();
   if (row_classes && g.h.block > kMaxClasses) return false;
   if (sum_classes && phases > kMaxClasses) return false;
   if (std::max(g.h.block, g.w.block) > std::numeric_limits<int16_t>::max() ||
@@ -193,15 +193,15 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
 }
 
 void set_raw_channels(GemmTile& t, int channels) {
-  constexpr int kGroups = 16, kThreads = kConverterWarps * 32;
+  constexpr int kGroups = 16;
   t.raw_channels = channels;
   t.max_groups = std::max(kGroups, channels);
   t.max_pieces_log = std::countr_zero(unsigned(t.max_groups / channels));
-  t.by_max_lanes = Divisor(kThreads / t.max_groups);
+  t.by_max_lanes = Divisor(kConverterThreads / t.max_groups);
 }
 
 // The source as boxes; false where the copy engine cannot have them.
-bool copy_boxes(const GemmProblem& g, GemmTile& t) {
+bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
   const int kinds = source_kinds(g), rows = (t.tile_rows + g.h.shifts - 1) * g.h.phases;
   // A row begins at a multiple of 16 bytes, up to three floats before the tile: as many for every
   // tile where tiles are whole vectors.
@@ -210,12 +210,12 @@ bool copy_boxes(const GemmProblem& g, GemmTile& t) {
   const int raw_rows = int(ceil_divide(rows, kinds));
   t.bulk = true;
   t.source_kinds_log = std::countr_zero(unsigned(kinds));
-  set_raw_channels(t, t.depth * kSumBlock / (g.h.phases * g.w.phases));
+  set_raw_channels(t, t.depth * kSumBlock / g.phases());
   t.raw_pitch = int(round_up(t.pitch * g.w.phases + before, kVector));
   t.raw_cells = raw_rows * t.raw_pitch;
   t.raw_box = int(round_up(t.raw_cells * t.raw_channels, kBoxAlignment));
   t.raw_bytes = kinds * t.raw_box * 4;
-  t.patches = g.h.phases * g.w.phases > 1;  // elements are at the same places in all tiles
+  t.patches = g.phases() > 1;  // elements are at the same places in all tiles
   return !t.straddles && t.raw_pitch <= kLargestBox && raw_rows <= kLargestBox &&
          (aligned || !t.patches);
 }
@@ -313,7 +313,7 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
   if (jobs >= kMaxExtent || int64_t(g.images) * t.image_rows >= kMaxExtent) return false;
   t.jobs = int(jobs);
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
-  if (!bulk || !copy_boxes(g, t)) copy_by_cells(t);
+  if (!bulk || !copy_in_bulk(g, t)) copy_by_cells(t);
   t.box_width = int(round_up(t.step << t.woven_log, kSector));
   t.box_floats = int(round_up(t.box_width * (8 >> t.woven_log), kBoxAlignment));
   t.boxed = boxes_pay(g, t);
@@ -356,7 +356,6 @@ std::vector<int> row_parts(int cells_w, int columns) {
 }
 
 double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
-  const bool mixed = g.sum_classes == 1 && g.h.phases * g.w.phases > 1;
   double cycles = 0;  // of the units of one tile of cells
   for (int r = 0; r < g.row_classes; ++r) {
     double multiply = 0;  // of both warpgroups, who share the tensor cores
@@ -370,10 +369,12 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
       multiply +=
           g.sum_blocks * taps * (g.products * t.columns + kStepCycles + kPromoteCycles / promoted);
     }
-    const double passes = std::ceil(double(t.depth) * t.source_cells / (kConverterWarps * 32));
-    const double copy = (mixed ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddle : 1);
-    const double look = t.raw_bytes / 16.0 / (kConverterWarps * 32) * kMaxCycles;
-    const double pass = kConvertCycles * (t.columns > 152 ? kCrowded : 1) + (t.bulk ? 0 : copy);
+    const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);
+    const double copy =
+        (g.mixes_phases() ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddle : 1);
+    const double look = t.raw_bytes / 16.0 / kConverterThreads * kMaxCycles;
+    const double pass =
+        kConvertCycles * (t.columns > kRoomyColumns ? kCrowded : 1) + (t.bulk ? 0 : copy);
     const double convert = stages * (kStageCycles + look + passes * pass);
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.

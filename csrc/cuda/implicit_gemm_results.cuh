@@ -5,7 +5,6 @@
 #pragma once
 
 #include "cuda/implicit_gemm_stages.cuh"
-#include "cuda/ptx/bits.cuh"
 #include "cuda/ptx/copy.cuh"
 
 namespace convops::cuda::implicit_gemm {
@@ -105,7 +104,8 @@ struct LaneRow {
 // Bits i of those elements first + i * step that lie in [0, count); -step < -first, 0 <= count.
 __device__ __forceinline__ uint32_t elements_inside(int first, int step_log, int count) {
   const int before = (1 << step_log) - 1 - first;
-  return ptx::bit_mask(before >> step_log, (before + count >> step_log) - (before >> step_log));
+  return ::cuda::ptx::bmsk_clamp(before >> step_log,
+                                 (before + count >> step_log) - (before >> step_log));
 }
 
 // Writes those of a lane's results that are among `count` neighbours from column `first` on to

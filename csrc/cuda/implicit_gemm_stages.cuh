@@ -11,7 +11,6 @@ namespace convops::cuda::implicit_gemm {
 constexpr int kWarp = 32;
 constexpr int kRows = 16;  // of the weight, of a consumer warp
 constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
-constexpr int kConverterThreads = kConverterWarps * kWarp;
 constexpr int kThreads = kConsumerThreads + kWarp + kConverterThreads;
 static_assert(kThreads == 512);
 
@@ -32,7 +31,7 @@ struct Traits {
   static_assert(kProducts != 3 || kPromotedTaps % kSteps == 0,
                 "stages end where sums are promoted");
   // Two accumulators and addresses for 256 threads, what is left for the other 256.
-  static constexpr int kConsumerRegisters = kColumns > 152 ? 208 : 200;
+  static constexpr int kConsumerRegisters = kColumns > kRoomyColumns ? 208 : 200;
   static constexpr int kProducerRegisters = 256 - kConsumerRegisters;
   static_assert(kStagePitch % 32 == 8 || kStagePitch % 32 == 24, "staging without bank conflicts");
 };
