@@ -230,6 +230,9 @@ struct GemmTile {
   int max_groups, max_pieces_log;
   int plane;  // cells between planes in shared memory
   int raw_stages, source_stages, weight_stages;
+  // Of the weights, where all that a block ever needs stay in shared memory; 0 where they pass
+  // through the ring.
+  int resident_bytes;
   Divisor by_max_lanes;  // threads of such a group
   Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_runs;
 
@@ -279,7 +282,7 @@ struct GemmSharedMemory {
 
   CONVOPS_HOST_DEVICE GemmSharedMemory(const GemmTile& t, int products) {
     weights = kHeader;
-    raw = weights + t.weight_stages * kWeightStageBytes;
+    raw = weights + (t.resident_bytes > 0 ? t.resident_bytes : t.weight_stages * kWeightStageBytes);
     sources = raw + t.raw_stages * t.raw_bytes;
     staged =
         (sources + t.source_stages * t.depth * t.plane * cell_bytes(products) + 127) / 128 * 128;

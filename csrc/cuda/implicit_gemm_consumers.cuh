@@ -45,6 +45,8 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
     released.next(t.weight_stages);
   };
 
+  const bool stay = t.resident_bytes > 0;
+  if (stay) ptx::barrier_wait(&header.weights_full[0], 0);
   int noted = -1;
   bool rows_fit = true;
   float totals[T::kColumns / 2];
@@ -65,6 +67,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
       asm("" : "=f"(sums[i]));
     }
 
+    ptx::Matrix resident = a0;  // the next step's weights, where they stay
     for (int sum_class = 0; sum_class < g.sum_classes; ++sum_class) {
       const int begin = g.tap_begin[job.row_class][sum_class];
       const int end = g.tap_begin[job.row_class][sum_class + 1];
@@ -94,9 +97,9 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
             ptx::barrier_wait(&header.weights_full[weights.index()], weights.parity());
             return a0 + weights.index() * (kWeightStageBytes / 16);
           };
-          // Whole stages of weights, then what is left.
+          // Whole stages of weights, then what is left; or all of it, without waiting.
 #pragma unroll 1
-          while (i + T::kSteps <= promoted) {
+          while (!stay && i + T::kSteps <= promoted) {
             const ptx::Matrix a = next_weights();
             ptx::wgmma_fence();
 #pragma unroll
@@ -106,8 +109,8 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
             ptx::wgmma_wait<1>();
             if (i > T::kSteps) release_weights();
           }
-          if (T::kSteps > 1 && i < promoted) {
-            ptx::Matrix a = next_weights();
+          if (i < promoted) {
+            ptx::Matrix a = stay ? resident : next_weights();
 #pragma unroll 1
             do {
               ptx::wgmma_fence();
@@ -115,7 +118,10 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
               ptx::wgmma_commit();
               a = a + T::kWeightBytes / 16;
             } while (i < promoted);
-            weights.next(t.weight_stages);
+            if (stay)
+              resident = a;
+            else
+              weights.next(t.weight_stages);
           }
           ptx::wgmma_wait<0>();
           while (released.place != weights.place) release_weights();

@@ -21,11 +21,12 @@ constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, i
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 35;         // between taps
-constexpr double kPromoteCycles = 312;     // to add up sums in registers
-constexpr double kConvertCycles = 133;     // a pass of the converters' threads over a stage
-constexpr double kCopyCycles = 1640;       // besides, where they copy cell by cell
-constexpr double kMixedCopyCycles = 2600;  // and several phases of the source mix
+constexpr double kStepCycles = 35;          // between taps
+constexpr double kResidentStepCycles = 15;  // where weights are not waited for
+constexpr double kPromoteCycles = 312;      // to add up sums in registers
+constexpr double kConvertCycles = 133;      // a pass of the converters' threads over a stage
+constexpr double kCopyCycles = 1640;        // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 2600;   // and several phases of the source mix
 constexpr double kCrowded = 1.5;       // times as long with the widest instruction: fewer registers
 constexpr double kMaxCycles = 75;      // of a vector that a thread looks at for the maximum
 constexpr double kStraddle = 1.05;     // times as long where tiles lie across images
@@ -225,10 +226,10 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
 // not.
 bool choose_stages(GemmTile& t, int products) {
   t.source_stages = t.raw_stages = 2;
-  t.weight_stages = 4;
+  t.weight_stages = t.resident_bytes > 0 ? 1 : 4;
   t.staged_halves = 1;
   const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
-  if (!fits()) --t.weight_stages;
+  if (!fits()) t.weight_stages = 3;
   if (!fits()) return false;
   const auto grow = [&](int& stages, int most) {
     while (stages < most) {
@@ -242,7 +243,7 @@ bool choose_stages(GemmTile& t, int products) {
   grow(t.raw_stages, 3);
   grow(t.source_stages, kMaxSourceStages);
   grow(t.raw_stages, kMaxRawStages);
-  grow(t.weight_stages, kMaxWeightStages);
+  if (t.resident_bytes == 0) grow(t.weight_stages, kMaxWeightStages);
   return true;
 }
 
@@ -274,9 +275,30 @@ bool boxes_pay(const GemmProblem& g, const GemmTile& t) {
          size[2] >= row_kinds && size[1] >= channel_kinds && t.box_width <= kLargestBox;
 }
 
-// The tile for a row of cells cut in `parts`; false if it does not fit.
-bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int depth, bool bulk,
-               bool straddles, GemmTile& t) {
+// Bytes of the weights that a block of the kernel needs, where it is always on the same rows of
+// them; else 0.
+int resident_bytes(const GemmProblem& g, const GemmTile& t, int processors) {
+  if (t.jobs > processors && processors % t.units != 0) return 0;
+  int most = 0;
+  for (int r = 0; r < g.row_classes; ++r) {
+    if (g.steps(r) == 0) return 0;
+    most = std::max(most, g.steps(r));
+  }
+  const int64_t bytes = int64_t{most} * gemm_weight_bytes(g.products, t.row_tile);
+  return bytes < kMaxSharedMemory ? int(bytes) : 0;
+}
+
+// What there is to choose for a tile: into how many parts a row of cells is cut, how deep a stage
+// is, whether tiles cross images and weights stay in shared memory.
+struct TileChoice {
+  int row_tile, columns, parts, depth;
+  bool straddles, resident;
+};
+
+// That tile; false if it does not fit.
+bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, int processors,
+               GemmTile& t) {
+  const auto [row_tile, columns, parts, depth, straddles, resident] = choice;
   t.depth = depth;
   t.row_tile = row_tile;
   t.columns = columns;
@@ -338,6 +360,8 @@ bool make_tile(const GemmProblem& g, int row_tile, int columns, int parts, int d
       !t.neighbours ? 8 * gemm_stage_pitch(columns)
                     : std::max((8 >> t.woven_log) * t.line, t.boxed ? t.height * t.box_floats : 0);
   t.staged_floats = int(round_up(t.staged_floats, kBoxAlignment));
+  t.resident_bytes = resident ? resident_bytes(g, t, processors) : 0;
+  if (resident && t.resident_bytes == 0) return false;
   return t.plane < (1 << 14) && choose_stages(t, g.products);  // 14 bits in the descriptor
 }
 
@@ -357,6 +381,7 @@ std::vector<int> row_parts(int cells_w, int columns) {
 
 double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
   double cycles = 0;  // of the units of one tile of cells
+  const double step = t.resident_bytes > 0 ? kResidentStepCycles : kStepCycles;
   for (int r = 0; r < g.row_classes; ++r) {
     double multiply = 0;  // of both warpgroups, who share the tensor cores
     double stages = 0;
@@ -366,8 +391,7 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
       stages += double(ceil_divide(g.sum_blocks, t.depth));
       const int steps = std::min(t.depth, g.sum_blocks) * taps;  // of a stage
       const int promoted = g.products == 3 ? std::min(kPromotedTaps, steps) : steps;
-      multiply +=
-          g.sum_blocks * taps * (g.products * t.columns + kStepCycles + kPromoteCycles / promoted);
+      multiply += g.sum_blocks * taps * (g.products * t.columns + step + kPromoteCycles / promoted);
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);
     const double copy =
@@ -456,14 +480,17 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
               if (row_tile == 128 && g.class_rows <= 64) continue;
               for (const int columns : kGemmColumns)
                 for (const int parts : row_parts(g.cells_w, columns)) {
-                  for (int i = 0; i < 6; ++i) {
-                    const int depth = 1 << i % 3;
-                    if (depth > 1 && depth >= 2 * g.sum_blocks) continue;
-                    if (!make_tile(g, row_tile, columns, parts, depth, bulk, i >= 3, t)) continue;
-                    const double seconds = estimate(g, t, device, p.bytes());
-                    if (seconds >= best.seconds) continue;
-                    best = {"", g, t, seconds, {}};
-                  }
+                  for (int depth = 1;
+                       depth <= kMaxDepth && (depth == 1 || depth < 2 * g.sum_blocks); depth *= 2)
+                    for (const bool straddles : {false, true})
+                      for (const bool resident : {false, true}) {
+                        const TileChoice choice{row_tile, columns,   parts,
+                                                depth,    straddles, resident};
+                        if (!make_tile(g, choice, bulk, device.processors, t)) continue;
+                        const double seconds = estimate(g, t, device, p.bytes());
+                        if (seconds >= best.seconds) continue;
+                        best = {"", g, t, seconds, {}};
+                      }
                 }
             }
           }

@@ -36,6 +36,13 @@ __device__ __forceinline__ void run_streamer(const GemmProblem& g, const GemmTil
                                              const GemmOperands& operands, uint8_t* shared,
                                              const GemmSharedMemory& memory) {
   Header& header = *reinterpret_cast<Header*>(shared);
+  if (t.resident_bytes > 0) {
+    const GemmJob job = gemm_job(g, t, blockIdx.x);
+    ptx::copy_bulk(shared + memory.weights,
+                   operands.packed_weights + gemm_weight_step(g, t, job) * T::kWeightBytes,
+                   g.steps(job.row_class) * T::kWeightBytes, &header.weights_full[0]);
+    return;
+  }
   Stage stage;
   for (int index = blockIdx.x; index < t.jobs; index += gridDim.x) {
     const GemmJob job = gemm_job(g, t, index);
