@@ -170,6 +170,7 @@ ODD = [
     Problem("stride_past_kernel", 2, 3, 20, 19, 5, (2, 2), (5, 4), bias=True),
     Problem("padding_past_kernel", 1, 2, 5, 6, 3, (2, 2), padding=(4, 5), bias=True),
     Problem("wide_dilation", 1, 3, 25, 25, 4, (3, 3), padding=(9, 10), dilation=(10, 11)),
+    Problem("far_taps", 1, 24, 40, 48, 40, (3, 3), padding=(12, 12), dilation=(12, 12)),
     Problem("kernel_is_input", 2, 3, 6, 7, 5, (6, 7), bias=True),
     Problem("row", 2, 4, 1, 40, 6, (1, 5), padding=(0, 2), bias=True),
     Problem("column", 2, 4, 40, 1, 6, (5, 1), padding=(2, 0)),

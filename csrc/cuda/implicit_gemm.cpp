@@ -63,7 +63,7 @@ class ImplicitGemm final : public Algorithm {
     };
     GemmTile tile = plan->tile;
     if (tile.bulk && reinterpret_cast<uintptr_t>(gemm.source) % kBulkAlignment != 0)
-      copy_by_cells(tile);
+      copy_by_cells(plan->problem, tile);
     const auto result_address = reinterpret_cast<uintptr_t>(gemm.result);
     tile.paired &= result_address % sizeof(float2) == 0;
     tile.boxed &= result_address % kBulkAlignment == 0;

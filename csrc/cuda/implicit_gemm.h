@@ -24,17 +24,18 @@
 
 namespace convops::cuda {
 
-inline constexpr int kSumBlock = 16;   // source channels an instruction sums over
+inline constexpr int kOctet = 8;       // channels of the sum: as halves the 16 bytes wgmma reads
+inline constexpr int kStepOctets = 2;  // that an instruction sums over, at a tap or at two
 inline constexpr int kMaxTaps = 1024;  // in all lists together; they travel as kernel parameters
 inline constexpr int kMaxClasses = 16;
-inline constexpr int kMaxDepth = 4;
+inline constexpr int kMaxStageSums = 64;  // channels of the sum in a stage
 
 // Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each.
 inline constexpr int kGemmColumns[] = {96, 128, 152, 160};
 // With more of them the consumers need registers that the converters then have not.
 inline constexpr int kRoomyColumns = 152;
 
-// After so many taps of three products sums are promoted: 18 truncated additions
+// After so many steps of three products sums are promoted: 18 truncated additions
 // (docs/implicit_gemm.md).
 inline constexpr int kPromotedTaps = 6;
 
@@ -100,8 +101,9 @@ struct GemmAxis {
 // A tap of the problem on cells, counted from the tile's first source cell.
 struct GemmTap {
   int16_t h, w;
-  int offset;  // in cells of the tile
 };
+// Before the first shift no weight connects anything: a tap of zeros.
+inline constexpr GemmTap kNoTap = {-1, -1};
 
 // What is computed.
 struct GemmProblem {
@@ -123,24 +125,33 @@ struct GemmProblem {
   // The same for the sum: a class is one phase of the source in both axes, or all of them.
   int sum_classes;
   int class_rows, class_sums;  // of one class
-  int sum_blocks;              // of kSumBlock, in class_sums
+  // The sum is taken in blocks of two octets or of one, tap by tap. A step, what one instruction
+  // sums, is two octets at a tap, or one octet at two taps.
+  int octets, block_sums;  // of a block
+  int sum_blocks;          // in class_sums
   // Result channels of as many kinds as there are places in a sector of memory where they begin (0
   // where that does not matter), and how many channels eight rows have. The eight are of one kind.
   int channel_kinds_log, channels_log;
-  // Taps of (row class, sum class): taps[tap_begin[r][s]] up to taps[tap_begin[r][s + 1]].
-  int16_t tap_begin[kMaxClasses][kMaxClasses + 1];
+  // Steps of a block of (row class, sum class): from step_begin[r][s] up to step_begin[r][s + 1].
+  // Step i has taps[i * step_taps()] and, where it has two, the next: of an odd number of taps the
+  // last step has kNoTap.
+  int16_t step_begin[kMaxClasses][kMaxClasses + 1];
   GemmTap taps[kMaxTaps];
+  // A step's operand in the stage: cells to its first octet, and, in the upper half of the word,
+  // from there to its second.
+  uint32_t step_cells[kMaxTaps];
   Divisor by_rows, by_block_w, by_phases, by_phases_w;  // of the numbers of that name
 
   CONVOPS_HOST_DEVICE int phases() const { return h.phases * w.phases; }  // of the source
   // Whether a block of the sum has several of them.
   CONVOPS_HOST_DEVICE bool mixes_phases() const { return sum_classes == 1 && phases() > 1; }
-  CONVOPS_HOST_DEVICE int tap_count(int row_class, int sum_class) const {
-    return tap_begin[row_class][sum_class + 1] - tap_begin[row_class][sum_class];
+  CONVOPS_HOST_DEVICE int step_taps() const { return kStepOctets / octets; }
+  CONVOPS_HOST_DEVICE int step_count(int row_class, int sum_class) const {
+    return step_begin[row_class][sum_class + 1] - step_begin[row_class][sum_class];
   }
-  // Steps of a block of rows: one tap for kSumBlock of the sum.
+  // Of a block of rows, in all blocks of the sum.
   CONVOPS_HOST_DEVICE int steps(int row_class) const {
-    return (tap_begin[row_class][sum_classes] - tap_begin[row_class][0]) * sum_blocks;
+    return (step_begin[row_class][sum_classes] - step_begin[row_class][0]) * sum_blocks;
   }
 };
 
@@ -216,7 +227,7 @@ struct GemmTile {
   int staged_floats;  // of eight rows
   int staged_halves;  // of a warp's 16 rows, each with its own memory
   bool paired;        // two results of a thread are always 8 aligned bytes there
-  int depth;          // blocks of kSumBlock channels in a stage: 1, 2 or 4
+  int depth;          // blocks of the sum in a stage: 1, 2 or 4, and 1 where they are one octet
   // Sources as they come from memory. By bulk copies (boxes of rows, which begin at multiples of 16
   // bytes: rows of the tensor are of as many kinds as there are places between those where they
   // begin, and every kind has its map and its box), or cell by cell, as they lie in the tile.
@@ -228,7 +239,9 @@ struct GemmTile {
   int raw_box, raw_bytes;    // floats of a box, bytes of a stage
   // To find the largest of every channel, or of several pieces of a channel, groups of threads.
   int max_groups, max_pieces_log;
-  int plane;  // cells between planes in shared memory
+  // In shared memory: cells from an octet to the next, of a block's high parts or of its low ones,
+  // and of a stage.
+  int plane, part, stage_cells;
   int raw_stages, source_stages, weight_stages;
   // Of the weights, where all that a block ever needs stay in shared memory; 0 where they pass
   // through the ring.
@@ -255,9 +268,9 @@ CONVOPS_HOST_DEVICE inline GemmJob gemm_job(const GemmProblem& g, const GemmTile
           tile_h * t.tile_rows, (tile - tile_h * t.tiles_w) * t.step};
 }
 
-// Of a step: one tap for kSumBlock of the sum.
+// Of a step.
 CONVOPS_HOST_DEVICE inline int gemm_weight_bytes(int products, int row_tile) {
-  return row_tile * kSumBlock * 2 * (products == 3 ? 2 : 1);
+  return row_tile * kStepOctets * kOctet * 2 * (products == 3 ? 2 : 1);
 }
 
 // Where the weights of a job begin, counted in steps; they lie in the order of units.
@@ -276,16 +289,12 @@ struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
   static constexpr int kHeader = 5120;  // barriers and notes: every byte is one less for tiles
-  CONVOPS_HOST_DEVICE static int cell_bytes(int products) {
-    return kSumBlock * 2 * (products == 3 ? 2 : 1);
-  }
 
-  CONVOPS_HOST_DEVICE GemmSharedMemory(const GemmTile& t, int products) {
+  CONVOPS_HOST_DEVICE explicit GemmSharedMemory(const GemmTile& t) {
     weights = kHeader;
     raw = weights + (t.resident_bytes > 0 ? t.resident_bytes : t.weight_stages * kWeightStageBytes);
     sources = raw + t.raw_stages * t.raw_bytes;
-    staged =
-        (sources + t.source_stages * t.depth * t.plane * cell_bytes(products) + 127) / 128 * 128;
+    staged = (sources + t.source_stages * t.stage_cells * kOctet * 2 + 127) / 128 * 128;
     bytes = staged + kConsumers * 4 * t.staged_halves * t.staged_floats * 4;
   }
 };
@@ -305,7 +314,7 @@ struct GemmPlan {
 // The fastest by estimate of all blocks and tiles.
 GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
 // Gives up bulk copies, for a source whose address they cannot take.
-void copy_by_cells(GemmTile& tile);
+void copy_by_cells(const GemmProblem& gemm, GemmTile& tile);
 // Whether the source can be read by bulk copies, its kinds of rows, and the copies' descriptions.
 bool can_copy_bulk(const GemmProblem& gemm);
 int source_kinds(const GemmProblem& gemm);

@@ -7,12 +7,13 @@
 
 namespace convops::cuda::implicit_gemm {
 
-// The instructions of a tap: a = weights, b = source; the small products first.
+// The instructions of a step: a = weights, b = source, whose low parts are `part` cells after the
+// high ones; the small products first.
 template <typename T>
-__device__ __forceinline__ void multiply_tap(float (&sums)[T::kColumns / 2], ptx::Matrix a,
-                                             ptx::Matrix b, int plane, int accumulate) {
+__device__ __forceinline__ void multiply_step(float (&sums)[T::kColumns / 2], ptx::Matrix a,
+                                              ptx::Matrix b, int part, int accumulate) {
   if constexpr (T::kProducts == 3) {
-    const ptx::Matrix a_low = a + 2 * T::kRowTile, b_low = b + 2 * plane;  // 16 bytes a row or cell
+    const ptx::Matrix a_low = a + kStepOctets * T::kRowTile, b_low = b + part;
     ptx::wgmma(sums, a, b_low, accumulate);
     ptx::wgmma(sums, a_low, b, 1);
     ptx::wgmma(sums, a, b, 1);
@@ -35,7 +36,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
                                      T::kRowTile * 16);
   const ptx::Matrix b0 = ptx::matrix(uint32_t(__cvta_generic_to_shared(shared + memory.sources)) +
                                          (T::kRowTile == 128 ? 0 : group * t.height * t.pitch * 16),
-                                     t.plane * 16);
+                                     0);  // every step tells how far apart its octets are
 
   float* const staged =
       reinterpret_cast<float*>(shared + memory.staged) + warp * t.staged_halves * t.staged_floats;
@@ -69,15 +70,15 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
 
     ptx::Matrix resident = a0;  // the next step's weights, where they stay
     for (int sum_class = 0; sum_class < g.sum_classes; ++sum_class) {
-      const int begin = g.tap_begin[job.row_class][sum_class];
-      const int end = g.tap_begin[job.row_class][sum_class + 1];
+      const int begin = g.step_begin[job.row_class][sum_class];
+      const int end = g.step_begin[job.row_class][sum_class + 1];
       if (begin == end) continue;
       for (int block = 0; block < g.sum_blocks; block += t.depth) {
         ptx::barrier_wait(&header.source_full[source.index()], source.parity());
         const float unit = header.source_unit[source.index()];
         const int steps = min(t.depth, g.sum_blocks - block) * (end - begin);
-        ptx::Matrix b = b0 + source.index() * t.depth * t.plane * T::kPlanes;
-        for (int step = 0, tap = begin; step < steps;) {
+        ptx::Matrix b = b0 + source.index() * t.stage_cells;
+        for (int step = 0, at = begin; step < steps;) {
           // Both warpgroups promote as often, but the second has its short turn first: while one
           // adds up its sums, the other multiplies.
           const int turn = step == 0 && group == 1
@@ -86,11 +87,11 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
           const int promoted = T::kProducts == 3 ? min(steps - step, turn) : steps - step;
           int i = 0;
           const auto multiply_next = [&](ptx::Matrix a) {
-            multiply_tap<T>(sums, a, b + g.taps[tap].offset, t.plane, i > 0);
+            multiply_step<T>(sums, a, b + g.step_cells[at], t.part, i > 0);
             ++i;
-            if (++tap == end) {
-              tap = begin;
-              b = b + t.plane * T::kPlanes;
+            if (++at == end) {
+              at = begin;
+              b = b + t.part * T::kParts;
             }
           };
           const auto next_weights = [&] {

@@ -32,7 +32,7 @@ struct Cursor {
     for (; !done(t); index += gridDim.x) {
       const int row_class = g.row_classes > 1 ? gemm_job(g, t, index).row_class : 0;
       for (; sum_class < g.sum_classes; ++sum_class)
-        if (g.tap_count(row_class, sum_class) > 0) return;
+        if (g.step_count(row_class, sum_class) > 0) return;
       sum_class = 0;
     }
   }
@@ -85,7 +85,8 @@ __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const Gem
     const int skew = column & (kVector - 1);
     note.skews[i] = uint8_t(skew);
     const int32_t place[4] = {column - skew, h >> t.source_kinds_log,
-                              tile.channel + g.by_phases.quotient(block * kSumBlock), tile.image};
+                              tile.channel + g.by_phases.quotient(block * g.block_sums),
+                              tile.image};
     ptx::copy_box(raw + i * t.raw_box, &operands.source_maps[kind], place, full);
   }
 }
@@ -94,7 +95,7 @@ __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const Gem
 // same for all tiles (see copy_in_bulk in implicit_gemm_plan.cpp).
 __device__ __forceinline__ void note_sum_offsets(const GemmProblem& g, const GemmTile& t,
                                                  int* offsets, int thread) {
-  if (thread * g.w.phases >= t.depth * kSumBlock) return;
+  if (thread * g.w.phases >= t.depth * g.block_sums) return;
   const GemmSum sum = gemm_sum(g, 0, thread * g.w.phases);
   const int box = sum.phase_h & ((1 << t.source_kinds_log) - 1);
   offsets[thread] = box * t.raw_box + (map_column(g, box, g.w.first * g.w.phases) & (kVector - 1)) +
@@ -109,11 +110,11 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
   const bool mixed = g.mixes_phases();
   const int height = int(g.source.size[2]), width = int(g.source.size[3]);
   const int64_t channel_stride = g.source.stride[1];
-  const GemmSum first = gemm_sum(g, sum_class, block * kSumBlock);
+  const GemmSum first = gemm_sum(g, sum_class, block * g.block_sums);
   if (mixed) {
     ptx::sync_threads<1, kConverterThreads>();  // all are done with the last stage's places
-    if (thread < t.depth * kSumBlock) {
-      const GemmSum sum = gemm_sum(g, sum_class, block * kSumBlock + thread);
+    if (thread < t.depth * g.block_sums) {
+      const GemmSum sum = gemm_sum(g, sum_class, block * g.block_sums + thread);
       header.sum_places[thread] = {sum.channel * channel_stride + sum.phase_h * g.source.stride[2] +
                                        sum.phase_w * g.source.stride[3],
                                    sum.channel < g.sums ? sum.phase_h : 1 << 30, sum.phase_w};
@@ -129,13 +130,13 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
       for (; from_row - g.h.first >= t.image_rows; from_row -= t.image_rows) ++image;
     const bool exists = cell < t.source_cells && image < g.images;
     int h = from_row * g.h.phases, w = (tile.column + column) * g.w.phases;
-    uint32_t destination = raw + (part * kSumBlock * t.raw_cells + cell) * 4;
+    uint32_t destination = raw + (part * g.block_sums * t.raw_cells + cell) * 4;
     const float* place = source + tile.channel * channel_stride + image * g.source.stride[0] +
                          h * g.source.stride[2] + w * g.source.stride[3];
     if (!mixed) {
       h += first.phase_h;
       w += first.phase_w;
-      const int channel = first.channel + part * kSumBlock;
+      const int channel = first.channel + part * g.block_sums;
       place += channel * channel_stride + first.phase_h * g.source.stride[2] +
                first.phase_w * g.source.stride[3];
       const bool inside = exists && unsigned(h) < unsigned(height) && unsigned(w) < unsigned(width);
@@ -143,7 +144,8 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
       const int64_t step = inside ? channel_stride : 0;
       const int channels = g.sums - channel;
 #pragma unroll
-      for (int k = 0; k < kSumBlock; ++k) {
+      for (int k = 0; k < kStepOctets * kOctet; ++k) {
+        if (k == kOctet && g.octets == 1) break;
         if (k < channels) {
           ptx::copy_float(destination, place, inside);
           place += step;
@@ -153,14 +155,18 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
         destination += t.raw_cells * 4;
       }
     } else {
-#pragma unroll 4
-      for (int k = 0; k < kSumBlock; ++k) {
-        const SumPlace sum = header.sum_places[part * kSumBlock + k];
-        const bool real = exists && unsigned(h + sum.h) < unsigned(height) &&
-                          unsigned(w + sum.w) < unsigned(width);
-        ptx::copy_float(destination, real ? place + sum.offset : source, real);
-        destination += t.raw_cells * 4;
-      }
+      // By fours: a loop for what is left, where the compiler unrolls, would take registers.
+      const SumPlace* sums = header.sum_places + part * g.block_sums;
+#pragma unroll 1
+      for (const SumPlace* const end = sums + g.block_sums; sums != end; sums += 4)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const SumPlace sum = sums[k];
+          const bool real = exists && unsigned(h + sum.h) < unsigned(height) &&
+                            unsigned(w + sum.w) < unsigned(width);
+          ptx::copy_float(destination, real ? place + sum.offset : source, real);
+          destination += t.raw_cells * 4;
+        }
     }
   }
 }
@@ -248,7 +254,7 @@ __device__ __forceinline__ float4 read_cell(const float* from, const int* offset
 }
 
 // Writes the cells' high and low parts, and marks the job where a cell does not fit the scale.
-template <typename T, int kRun>
+template <typename T, int kOctets, int kRun>
 __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmTile& t,
                                                const float* raw, const RawNote& note,
                                                const int* offsets, uint4* stage, float factor,
@@ -262,21 +268,22 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
     const int* runs = offsets;
     if constexpr (kRun == 0) {
       const int box = row & ((1 << t.source_kinds_log) - 1);
-      from += block * kSumBlock * t.raw_cells + box * t.raw_box + note.skews[box] +
+      from += block * kOctets * kOctet * t.raw_cells + box * t.raw_box + note.skews[box] +
               (row >> t.source_kinds_log) * t.raw_pitch + column;
     } else {
       from += row * (g.h.phases >> t.source_kinds_log) * t.raw_pitch + column * kRun;
-      runs += block * (kSumBlock / kRun);
+      runs += block * (kOctets * kOctet / kRun);
     }
-    uint4* const place = stage + block * T::kPlanes * t.plane + cell;
+    uint4* const place = stage + block * T::kParts * t.part + cell;
     float largest = 0;
     // At once, where there are registers for it.
 #pragma unroll(T::kProducerRegisters < 56 && kRun > 0 ? 1 : 2)
-    for (int part = 0; part < 2; ++part) {
+    for (int octet = 0; octet < kOctets; ++octet) {
       uint32_t high[4], low[4];
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
-        float4 x = read_cell<kRun>(from, runs + (8 * part + 2 * j) / max(1, kRun), t.raw_cells);
+        float4 x =
+            read_cell<kRun>(from, runs + (kOctet * octet + 2 * j) / max(1, kRun), t.raw_cells);
         if constexpr (kRun == 0) from += 4 * t.raw_cells;
         x = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
         largest =
@@ -288,13 +295,13 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
           low[j + 1] = pack_rest(x.z, x.w, high[j + 1]);
         }
       }
-      place[part * t.plane] = make_uint4(high[0], high[1], high[2], high[3]);
+      place[octet * t.plane] = make_uint4(high[0], high[1], high[2], high[3]);
       if constexpr (T::kProducts == 3)
-        place[(part + 2) * t.plane] = make_uint4(low[0], low[1], low[2], low[3]);
+        place[t.part + octet * t.plane] = make_uint4(low[0], low[1], low[2], low[3]);
     }
     if (column < note.outside) {
 #pragma unroll
-      for (int plane = 0; plane < T::kPlanes; ++plane)
+      for (int plane = 0; plane < T::kParts * kOctets; ++plane)
         place[plane * t.plane] = make_uint4(0, 0, 0, 0);
     } else if (largest > 0 && largest < g.smallest) {
       bad_jobs[note.job] = 1;
@@ -370,13 +377,20 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
     const Scale scale = choose_stage_scale(thread_max(raw_stage), g, t);
 
     ptx::barrier_wait(&header.source_empty[stage.index()], stage.parity() ^ 1);
-    uint4* const converted = reinterpret_cast<uint4*>(shared + memory.sources) +
-                             stage.index() * t.depth * t.plane * T::kPlanes;
+    uint4* const converted =
+        reinterpret_cast<uint4*>(shared + memory.sources) + stage.index() * t.stage_cells;
     if (converter_thread() == 0) header.source_unit[stage.index()] = scale.magnitude * kSumUnit;
     const RawNote& note = header.raw[raw_stage.index()];
+    if (!scale.fits) operands.bad_jobs[note.job] = 1;
+    const auto convert_octets = [&]<int kOctets, int kRun>() {
+      convert_source<T, kOctets, kRun>(g, t, cells(raw_stage), note, header.sum_offsets, converted,
+                                       scale.factor, operands.bad_jobs, converter_thread());
+    };
     const auto convert = [&]<int kRun>() {
-      convert_source<T, kRun>(g, t, cells(raw_stage), note, header.sum_offsets, converted,
-                              scale.factor, operands.bad_jobs, converter_thread());
+      if (g.octets == 1)
+        convert_octets.template operator()<1, kRun>();
+      else
+        convert_octets.template operator()<2, kRun>();
     };
     if (!t.patches)
       convert.template operator()<0>();
@@ -386,7 +400,6 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
       convert.template operator()<2>();
     else
       convert.template operator()<4>();
-    if (!scale.fits) operands.bad_jobs[note.job] = 1;
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     ptx::barrier_arrive(&header.source_full[stage.index()]);
     stage.next(t.source_stages);

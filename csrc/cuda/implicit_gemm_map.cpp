@@ -64,7 +64,7 @@ bool can_copy_bulk(const GemmProblem& g) {
   const int kinds = source_kinds(g), phases = g.phases();
   const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
   const bool own = kinds == 1 || stride[2] == size[3];
-  const bool patch = g.sum_classes == 1 && kSumBlock % phases == 0 && g.h.phases % kinds == 0 &&
+  const bool patch = g.sum_classes == 1 && g.block_sums % phases == 0 && g.h.phases % kinds == 0 &&
                      g.w.phases <= kVector && stride[2] % g.w.phases == 0;
   return stride[3] == 1 && fits(0) && fits(1) && fits(2) && stride[0] % kVector == 0 &&
          stride[1] % kVector == 0 && size[2] >= kinds && own && (phases == 1 || patch);

@@ -21,10 +21,10 @@ constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, i
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 35;          // between taps
+constexpr double kStepCycles = 35;          // between steps
 constexpr double kResidentStepCycles = 15;  // where weights are not waited for
 constexpr double kPromoteCycles = 312;      // to add up sums in registers
-constexpr double kConvertCycles = 133;      // a pass of the converters' threads over a stage
+constexpr double kConvertCycles = 133;      // a pass of the converters' threads, two octets each
 constexpr double kCopyCycles = 1640;        // besides, where they copy cell by cell
 constexpr double kMixedCopyCycles = 2600;   // and several phases of the source mix
 constexpr double kCrowded = 1.5;       // times as long with the widest instruction: fewer registers
@@ -86,26 +86,28 @@ float smallest_element(int products, int64_t length) {
   return float(0x1p-25 * room / (1.5 * unit * std::sqrt(double(length))));
 }
 
-// Fills the lists of taps; false where they are too long.
-bool list_taps(GemmProblem& g) {
-  int count = 0;
+// Fills the lists of steps and their taps; false where they are too long.
+bool list_steps(GemmProblem& g) {
+  int count = 0;  // of taps
   for (int r = 0; r < g.row_classes; ++r) {
     const int q_begin = g.row_classes > 1 ? r : 0;
     const int q_end = g.row_classes > 1 ? r + 1 : g.h.block;
     for (int s = 0; s < g.sum_classes; ++s) {
       const bool one = g.sum_classes > 1;
       const int ph = s / g.w.phases, pw = s % g.w.phases;
-      g.tap_begin[r][s] = int16_t(count);
+      g.step_begin[r][s] = int16_t(count / g.step_taps());
       for (int h = 0; h < g.h.shifts; ++h) {
         if (!connected(g.h, q_begin, q_end, one ? ph : 0, one ? ph + 1 : g.h.phases, h)) continue;
         for (int w = 0; w < g.w.shifts; ++w) {
           if (!connected(g.w, 0, g.w.block, one ? pw : 0, one ? pw + 1 : g.w.phases, w)) continue;
           if (count == kMaxTaps) return false;
-          g.taps[count++] = {int16_t(h), int16_t(w), 0};
+          g.taps[count++] = {int16_t(h), int16_t(w)};
         }
       }
+      static_assert(kMaxTaps % kStepOctets == 0, "there is room for the last");
+      if (count % g.step_taps() != 0) g.taps[count++] = kNoTap;
     }
-    g.tap_begin[r][g.sum_classes] = int16_t(count);
+    g.step_begin[r][g.sum_classes] = int16_t(count / g.step_taps());
   }
   return true;
 }
@@ -149,13 +151,21 @@ void sort_channels(GemmProblem& g) {
   g.channels_log = std::countr_zero(unsigned(channels));
 }
 
-// The problem on cells of that size, with classes of rows and sums or without, with images joined
-// to rows or not; false where that is not to be had.
-bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, bool sum_classes,
-              bool join, GemmProblem& g) {
+// What there is to choose for the problem on cells: their size, whether rows and sums are in
+// classes and an image is one row, and how many octets a block of the sum has.
+struct CellChoice {
+  int block_h, block_w, octets;
+  bool row_classes, sum_classes, join;
+};
+
+// That problem; false where it is not to be had, or no different from another.
+bool describe(const ConvProblem& p, const CellChoice& choice, GemmProblem& g) {
+  const auto [block_h, block_w, octets, row_classes, sum_classes, join] = choice;
   const bool forward = p.direction == Direction::kForward;
   g.h = make_axis(p, true, block_h);
   g.w = make_axis(p, false, block_w);
+  if (row_classes && g.h.block == 1) return false;
+  if (sum_classes && g.phases() == 1) return false;
   g.source = forward ? p.input : p.output;
   g.result = forward ? p.output : p.input;
   g.groups = int(p.groups);
@@ -182,12 +192,14 @@ bool describe(const ConvProblem& p, int block_h, int block_w, bool row_classes, 
   g.sum_classes = sum_classes ? phases : 1;
   g.class_rows = g.rows * g.w.block * (row_classes ? 1 : g.h.block);
   g.class_sums = g.sums * (sum_classes ? 1 : phases);
-  g.sum_blocks = int(ceil_divide(g.class_sums, kSumBlock));
+  g.octets = octets;
+  g.block_sums = octets * kOctet;
+  g.sum_blocks = int(ceil_divide(g.class_sums, g.block_sums));
   g.by_rows = Divisor(g.rows);
   g.by_block_w = Divisor(g.w.block);
   g.by_phases = Divisor(phases);
   g.by_phases_w = Divisor(g.w.phases);
-  if (!list_taps(g)) return false;
+  if (!list_steps(g)) return false;
   if (join && !join_rows(g)) return false;
   sort_channels(g);
   return true;
@@ -211,7 +223,7 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
   const int raw_rows = int(ceil_divide(rows, kinds));
   t.bulk = true;
   t.source_kinds_log = std::countr_zero(unsigned(kinds));
-  set_raw_channels(t, t.depth * kSumBlock / g.phases());
+  set_raw_channels(t, t.depth * g.block_sums / g.phases());
   t.raw_pitch = int(round_up(t.pitch * g.w.phases + before, kVector));
   t.raw_cells = raw_rows * t.raw_pitch;
   t.raw_box = int(round_up(t.raw_cells * t.raw_channels, kBoxAlignment));
@@ -224,11 +236,11 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
 // As many stages as fit: first those in which both halves of the results leave at a time, then raw
 // ones for the memory's latency, then source stages for the converters'; false if the fewest do
 // not.
-bool choose_stages(GemmTile& t, int products) {
+bool choose_stages(GemmTile& t) {
   t.source_stages = t.raw_stages = 2;
   t.weight_stages = t.resident_bytes > 0 ? 1 : 4;
   t.staged_halves = 1;
-  const auto fits = [&] { return GemmSharedMemory(t, products).bytes <= kMaxSharedMemory; };
+  const auto fits = [&] { return GemmSharedMemory(t).bytes <= kMaxSharedMemory; };
   if (!fits()) t.weight_stages = 3;
   if (!fits()) return false;
   const auto grow = [&](int& stages, int most) {
@@ -335,7 +347,7 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, int pr
   if (jobs >= kMaxExtent || int64_t(g.images) * t.image_rows >= kMaxExtent) return false;
   t.jobs = int(jobs);
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
-  if (!bulk || !copy_in_bulk(g, t)) copy_by_cells(t);
+  if (!bulk || !copy_in_bulk(g, t)) copy_by_cells(g, t);
   t.box_width = int(round_up(t.step << t.woven_log, kSector));
   t.box_floats = int(round_up(t.box_width * (8 >> t.woven_log), kBoxAlignment));
   t.boxed = boxes_pay(g, t);
@@ -355,6 +367,8 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, int pr
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
+  t.part = g.octets * t.plane;
+  t.stage_cells = t.depth * t.part * (g.products == 3 ? 2 : 1);
   // Lines, too, where there are boxes: a result may be unfit for them by its address.
   t.staged_floats =
       !t.neighbours ? 8 * gemm_stage_pitch(columns)
@@ -362,7 +376,8 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, int pr
   t.staged_floats = int(round_up(t.staged_floats, kBoxAlignment));
   t.resident_bytes = resident ? resident_bytes(g, t, processors) : 0;
   if (resident && t.resident_bytes == 0) return false;
-  return t.plane < (1 << 14) && choose_stages(t, g.products);  // 14 bits in the descriptor
+  // A descriptor has 14 bits for the cells between octets; between taps there are fewer.
+  return t.plane < (1 << 14) && choose_stages(t);
 }
 
 // Into how many parts a row of cells may be cut: the fewest that fit, and more.
@@ -386,12 +401,13 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
     double multiply = 0;  // of both warpgroups, who share the tensor cores
     double stages = 0;
     for (int s = 0; s < g.sum_classes; ++s) {
-      const int taps = g.tap_count(r, s);
-      if (taps == 0) continue;
+      const int block_steps = g.step_count(r, s);
+      if (block_steps == 0) continue;
       stages += double(ceil_divide(g.sum_blocks, t.depth));
-      const int steps = std::min(t.depth, g.sum_blocks) * taps;  // of a stage
+      const int steps = std::min(t.depth, g.sum_blocks) * block_steps;  // of a stage
       const int promoted = g.products == 3 ? std::min(kPromotedTaps, steps) : steps;
-      multiply += g.sum_blocks * taps * (g.products * t.columns + step + kPromoteCycles / promoted);
+      multiply +=
+          g.sum_blocks * block_steps * (g.products * t.columns + step + kPromoteCycles / promoted);
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);
     const double copy =
@@ -399,7 +415,8 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
     const double look = t.raw_bytes / 16.0 / kConverterThreads * kMaxCycles;
     const double pass =
         kConvertCycles * (t.columns > kRoomyColumns ? kCrowded : 1) + (t.bulk ? 0 : copy);
-    const double convert = stages * (kStageCycles + look + passes * pass);
+    const double octets = double(g.octets) / kStepOctets;  // of a pass as it was measured
+    const double convert = stages * (kStageCycles + look + passes * octets * pass);
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
     const double staging = t.height * kRowCycles * (t.paired ? 1 : kUnpairedRows);
@@ -417,6 +434,18 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
   return std::max(compute, memory) + kOverlap * std::min(compute, memory) + kLaunchSeconds;
 }
 
+// Where steps find their octets in a stage.
+void place_steps(GemmProblem& g, const GemmTile& t) {
+  const int step_taps = g.step_taps(), steps = g.step_begin[g.row_classes - 1][g.sum_classes];
+  const auto cells = [&](const GemmTap& tap) { return tap.h * t.pitch + tap.w; };
+  for (int i = 0; i < steps; ++i) {
+    const GemmTap &first = g.taps[i * step_taps], &last = g.taps[(i + 1) * step_taps - 1];
+    // Taps are in the order of their cells; of no tap the weights are zeros, whatever is there.
+    const int apart = step_taps == 1 ? t.plane : std::max(0, cells(last) - cells(first));
+    g.step_cells[i] = uint32_t(cells(first) | apart << 16);
+  }
+}
+
 GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
   int64_t steps = 0;
   for (int r = 0; r < g.row_classes; ++r) steps += int64_t(g.steps(r)) * t.row_blocks * g.groups;
@@ -429,12 +458,37 @@ GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
   return w;
 }
 
+// Estimates all tiles of the problem on such cells; `best` becomes the fastest.
+void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& device,
+               GemmPlan& best) {
+  GemmProblem g{};
+  GemmTile t{};
+  if (!describe(p, cells, g)) return;
+  const bool bulk = can_copy_bulk(g);
+  // A deeper stage has octets enough for blocks of two.
+  const int most =
+      cells.octets == 1 ? 1 : std::min(kMaxStageSums / g.block_sums, 2 * g.sum_blocks - 1);
+  for (const int row_tile : {64, 128}) {
+    if (row_tile == 128 && g.class_rows <= 64) continue;
+    for (const int columns : kGemmColumns)
+      for (const int parts : row_parts(g.cells_w, columns))
+        for (int depth = 1; depth <= most; depth *= 2)
+          for (const bool straddles : {false, true})
+            for (const bool resident : {false, true}) {
+              const TileChoice choice{row_tile, columns, parts, depth, straddles, resident};
+              if (!make_tile(g, choice, bulk, device.processors, t)) continue;
+              const double seconds = estimate(g, t, device, p.bytes());
+              if (seconds < best.seconds) best = {"", g, t, seconds, {}};
+            }
+  }
+}
+
 }  // namespace
 
-void copy_by_cells(GemmTile& t) {
+void copy_by_cells(const GemmProblem& g, GemmTile& t) {
   t.bulk = t.patches = false;
   t.source_kinds_log = 0;
-  set_raw_channels(t, t.depth * kSumBlock);
+  set_raw_channels(t, t.depth * g.block_sums);
   t.raw_pitch = t.pitch;
   t.raw_cells = int(round_up(t.source_cells, kVector));
   t.raw_box = t.raw_cells * t.raw_channels;
@@ -454,13 +508,11 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
   const bool forward = p.direction == Direction::kForward;
   const int64_t rows = forward ? p.group_out_channels() : p.group_in_channels();
   const int64_t sums = forward ? p.group_in_channels() : p.group_out_channels();
-  if (sums * p.kernel().h * p.kernel().w < kSumBlock)
+  if (sums * p.kernel().h * p.kernel().w < kStepOctets * kOctet)
     best.reason = "sums of fewer than 16 products: too few for an instruction and its error";
   if (!best.reason.empty()) return best;
 
   best.reason = "no tile of its cells fits shared memory";
-  GemmProblem g{};
-  GemmTile t{};
   for (const int block_h : kBlocks)
     for (const int block_w : kBlocks) {
       // Blocks are for filling instructions that channels leave empty.
@@ -469,31 +521,10 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
         continue;
       for (const bool row_classes : {false, true})
         for (const bool sum_classes : {false, true})
-          for (const bool join : {false, true}) {
-            const int stride_h = int(p.stride.h), stride_w = int(p.stride.w);
-            if (row_classes && (forward ? block_h : block_h * stride_h) == 1) continue;
-            if (sum_classes && block_h * block_w * (forward ? stride_h * stride_w : 1) == 1)
-              continue;
-            if (!describe(p, block_h, block_w, row_classes, sum_classes, join, g)) continue;
-            const bool bulk = can_copy_bulk(g);
-            for (const int row_tile : {64, 128}) {
-              if (row_tile == 128 && g.class_rows <= 64) continue;
-              for (const int columns : kGemmColumns)
-                for (const int parts : row_parts(g.cells_w, columns)) {
-                  for (int depth = 1;
-                       depth <= kMaxDepth && (depth == 1 || depth < 2 * g.sum_blocks); depth *= 2)
-                    for (const bool straddles : {false, true})
-                      for (const bool resident : {false, true}) {
-                        const TileChoice choice{row_tile, columns,   parts,
-                                                depth,    straddles, resident};
-                        if (!make_tile(g, choice, bulk, device.processors, t)) continue;
-                        const double seconds = estimate(g, t, device, p.bytes());
-                        if (seconds >= best.seconds) continue;
-                        best = {"", g, t, seconds, {}};
-                      }
-                }
-            }
-          }
+          for (const bool join : {false, true})
+            for (const int octets : {kStepOctets, 1})
+              try_tiles(p, {block_h, block_w, octets, row_classes, sum_classes, join}, device,
+                        best);
     }
   if (!best.reason.empty()) return best;
   GemmTile& tile = best.tile;
@@ -504,7 +535,7 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
   tile.by_image_rows = Divisor(tile.image_rows);
   tile.by_pitch = Divisor(tile.pitch);
   tile.by_runs = Divisor(tile.runs);
-  for (GemmTap& tap : best.problem.taps) tap.offset = tap.h * tile.pitch + tap.w;
+  place_steps(best.problem, tile);
   best.workspace = lay_out(best.problem, best.tile);
   return best;
 }

@@ -10,14 +10,16 @@
 //
 // What makes it fast: an element of the source is converted once for all kernel_h · kernel_w taps.
 // In the source ring a cell's 8 channels are 16 bytes and cells lie one after the other, which is
-// wgmma's K-major layout without swizzle; there a tap is nothing but another start address.
+// wgmma's K-major layout without swizzle; there a tap is nothing but another start address. An
+// instruction sums two such octets of channels at a tap or, of tiles that reach far, one octet at
+// two.
 //
 // What makes it accurate: x = high + low in fp16, 22 bits; high·high + high·low + low·high are
 // three products (ieee), high·high alone has TF32's 11 bits (tf32). fp16's range is met by a power
 // of two for each source stage, from its largest element, and one for each row of the weight. The
-// tensor core adds with 25 bits and cuts the rest off, so after at most kPromotedTaps taps its sums
-// are added to float32 registers, where the stage's scale comes out again. Data that one scale does
-// not fit (and NaN and Inf) mark the job; implicit_gemm_exact_sm90.cu computes it again.
+// tensor core adds with 25 bits and cuts the rest off, so after at most kPromotedTaps steps its
+// sums are added to float32 registers, where the stage's scale comes out again. Data that one scale
+// does not fit (and NaN and Inf) mark the job; implicit_gemm_exact_sm90.cu computes it again.
 #include <cuda_runtime.h>
 
 #include <iterator>
@@ -49,7 +51,7 @@ __device__ __forceinline__ void run_streamer(const GemmProblem& g, const GemmTil
     const uint8_t* packed = operands.packed_weights + gemm_weight_step(g, t, job) * T::kWeightBytes;
     for (int sum_class = 0; sum_class < g.sum_classes; ++sum_class)
       for (int block = 0; block < g.sum_blocks; block += t.depth) {
-        int steps = min(t.depth, g.sum_blocks - block) * g.tap_count(job.row_class, sum_class);
+        int steps = min(t.depth, g.sum_blocks - block) * g.step_count(job.row_class, sum_class);
         for (; steps > 0; steps -= T::kSteps) {
           const int bytes = min(steps, T::kSteps) * T::kWeightBytes;
           ptx::barrier_wait(&header.weights_empty[stage.index()], stage.parity() ^ 1);
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                          const __grid_constant__ GemmOperands operands) {
   extern __shared__ __align__(128) uint8_t shared[];
   Header& header = *reinterpret_cast<Header*>(shared);
-  const GemmSharedMemory memory(t, T::kProducts);
+  const GemmSharedMemory memory(t);
   if (threadIdx.x == 0) {
     for (int i = 0; i < t.weight_stages; ++i) {
       ::cuda::ptx::mbarrier_init(&header.weights_full[i], 1);
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T>
 void launch(const GemmProblem& g, const GemmTile& t, const GemmOperands& operands, int processors,
             cudaStream_t stream) {
-  const int bytes = GemmSharedMemory(t, T::kProducts).bytes;
+  const int bytes = GemmSharedMemory(t).bytes;
   const auto kernel = implicit_gemm_kernel<T>;
   CONVOPS_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedMemory));

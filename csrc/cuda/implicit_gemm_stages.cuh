@@ -21,8 +21,10 @@ constexpr float kHalfUnit = 0x1p-14f, kSumUnit = 0x1p-28f;
 template <int kProducts_, int kRowTile_, int kColumns_>
 struct Traits {
   static constexpr int kProducts = kProducts_, kRowTile = kRowTile_, kColumns = kColumns_;
-  // Planes of 8 channels: two of high parts, then two of low parts.
-  static constexpr int kPlanes = kProducts == 3 ? 4 : 2;
+  // Of a number: high, and with three products low.
+  static constexpr int kParts = kProducts == 3 ? 2 : 1;
+  // Of a step's weights, an octet each: two of high parts, then two of low parts.
+  static constexpr int kPlanes = kStepOctets * kParts;
   static constexpr int kWeightBytes = kPlanes * kRowTile * 16;
   // Odd multiples of 8: no bank conflicts.
   static constexpr int kStagePitch = gemm_stage_pitch(kColumns);
@@ -72,8 +74,8 @@ struct Header {
   float thread_max[2][kConverterThreads];  // of this raw stage and the next
   // Only with several phases in a block of the sum:
   union {
-    SumPlace sum_places[kMaxDepth * kSumBlock];  // of the stage being copied
-    int sum_offsets[kMaxDepth * kSumBlock];      // with bulk copies
+    SumPlace sum_places[kMaxStageSums];  // of the stage being copied
+    int sum_offsets[kMaxStageSums];      // with bulk copies
   };
 };
 static_assert(sizeof(Header) <= GemmSharedMemory::kHeader);

@@ -2,9 +2,10 @@
 // channel: finds its largest weight, scales by a power of two, rounds or splits into fp16 and
 // writes
 //
-//   packed[unit][sum class][sum block][tap][plane of 8 channels][row][8 halves]
+//   packed[unit][sum class][sum block][step][plane][row][8 halves]
 //
-// A tap's weights for a block of rows are one contiguous piece of shared memory this way, in the
+// A plane is an octet of the sum at a tap: of a step two of high parts, then two of low parts. A
+// step's weights for a block of rows are one contiguous piece of shared memory this way, in the
 // layout wgmma reads. It is done anew in every call: 0.02 ms, and nothing can be out of date.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -62,13 +63,13 @@ __device__ Scale find_scale(const GemmProblem& g, const float* weight) {
   return scale;
 }
 
-// Eight channels of the sum from k on, at a tap, for a row: high parts and what they leave.
-__device__ void pack_eight(const GemmProblem& g, const float* weight, const GemmRow& row,
+// An octet of the sum from k on, at a tap, for a row: high parts and what they leave.
+__device__ void pack_octet(const GemmProblem& g, const float* weight, const GemmRow& row,
                            int sum_class, int k, const GemmTap& tap, float factor,
                            __half2 (&high)[4], __half2 (&low)[4]) {
-  float values[8];
+  float values[kOctet];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kOctet; ++i) {
     values[i] = 0;
     if (k + i >= g.class_sums) continue;
     const GemmSum sum = gemm_sum(g, sum_class, k + i);
@@ -101,30 +102,33 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = block * kThreads + threadIdx.x; i < t.jobs; i += blocks * kThreads)
     operands.bad_jobs[i] = 0;
 
-  const int planes = g.products == 3 ? 4 : 2;
+  const int planes = kStepOctets * (g.products == 3 ? 2 : 1);
   const int phases_h = g.row_classes > 1 ? 1 : g.h.block;
   for (int row_class = 0; row_class < g.row_classes; ++row_class) {
-    const int steps = g.steps(row_class), first_tap = g.tap_begin[row_class][0];
+    const int steps = g.steps(row_class), first = g.step_begin[row_class][0];
     for (int phase = 0; phase < phases_h * g.w.block; ++phase) {
       const int row = find_gemm_row(g, channel, phase / g.w.block, phase % g.w.block);
       const GemmRow where = gemm_row(g, row_class, row);
       const GemmJob job{group, row_class, row / t.row_tile, 0, 0};
       uint4* const packed = reinterpret_cast<uint4*>(operands.packed_weights) +
                             gemm_weight_step(g, t, job) * planes * t.row_tile + row % t.row_tile;
-      for (int i = threadIdx.x; i < 2 * steps; i += kThreads) {
-        const int step = i / 2, part = i % 2;
+      for (int i = threadIdx.x; i < kStepOctets * steps; i += kThreads) {
+        const int step = i / kStepOctets, plane = i % kStepOctets;
         int sum_class = 0;
-        while (step >= (g.tap_begin[row_class][sum_class + 1] - first_tap) * g.sum_blocks)
-          ++sum_class;
-        const int begin = g.tap_begin[row_class][sum_class];
-        const int taps = g.tap_count(row_class, sum_class);
-        const int rest = step - (begin - first_tap) * g.sum_blocks;
+        while (step >= (g.step_begin[row_class][sum_class + 1] - first) * g.sum_blocks) ++sum_class;
+        const int begin = g.step_begin[row_class][sum_class];
+        const int count = g.step_count(row_class, sum_class);
+        const int rest = step - (begin - first) * g.sum_blocks;
+        // The second plane is the block's next octet or, where it has one, the next tap.
+        const int octet = rest / count * g.octets + plane % g.octets;
+        const int tap = (begin + rest % count) * g.step_taps() + plane % g.step_taps();
         __half2 high[4], low[4];
-        pack_eight(g, weight, where, sum_class, rest / taps * kSumBlock + 8 * part,
-                   g.taps[begin + rest % taps], scale.factor, high, low);
-        uint4* const place = packed + (int64_t(step) * planes + part) * t.row_tile;
+        pack_octet(g, weight, where, sum_class, octet * kOctet, g.taps[tap], scale.factor, high,
+                   low);
+        uint4* const place = packed + (int64_t(step) * planes + plane) * t.row_tile;
         *place = *reinterpret_cast<const uint4*>(high);
-        if (planes == 4) place[2 * t.row_tile] = *reinterpret_cast<const uint4*>(low);
+        if (planes > kStepOctets)
+          place[kStepOctets * t.row_tile] = *reinterpret_cast<const uint4*>(low);
       }
     }
   }

@@ -8,7 +8,8 @@ namespace convops::cuda::ptx {
 
 // An operand in shared memory, K-major without swizzle: rows of 8 halves (16 bytes), 16 bytes
 // apart; a row's second 8 lie `plane` bytes after its first. Of the descriptor's two words only the
-// lower depends on it; adding i to that moves the operand by i rows.
+// lower depends on it; adding i to that moves the operand by i rows, adding j << 16 the second 8 by
+// j rows more.
 struct Matrix {
   uint32_t low;
 
