@@ -66,7 +66,7 @@ class ImplicitGemm final : public Algorithm {
       copy_by_cells(plan->problem, tile);
     const auto result_address = reinterpret_cast<uintptr_t>(gemm.result);
     tile.paired &= result_address % sizeof(float2) == 0;
-    tile.boxed &= result_address % kBulkAlignment == 0;
+    if (tile.boxed && result_address % kBulkAlignment != 0) store_lines(tile);
     if (tile.bulk) make_source_maps(plan->problem, tile, gemm.source, gemm.source_maps);
     if (tile.boxed) make_result_maps(plan->problem, tile, gemm.result, gemm.result_maps);
     const int processors = execution.device->processors;

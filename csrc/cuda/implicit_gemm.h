@@ -224,7 +224,8 @@ struct GemmTile {
   bool joined;        // the tile's rows follow each other in an image of the result
   int runs;           // at most so many are in a row of the weight
   int slot, line;     // floats of a row of the tile, of all its rows
-  int staged_floats;  // of eight rows
+  int staged_floats;  // of eight rows, and what they are as lines, should boxes be impossible
+  int line_floats;
   int staged_halves;  // of a warp's 16 rows, each with its own memory
   bool paired;        // two results of a thread are always 8 aligned bytes there
   int depth;          // blocks of the sum in a stage: 1, 2 or 4, and 1 where they are one octet
@@ -295,7 +296,8 @@ struct GemmSharedMemory {
     raw = weights + (t.resident_bytes > 0 ? t.resident_bytes : t.weight_stages * kWeightStageBytes);
     sources = raw + t.raw_stages * t.raw_bytes;
     staged = (sources + t.source_stages * t.stage_cells * kOctet * 2 + 127) / 128 * 128;
-    bytes = staged + kConsumers * 4 * t.staged_halves * t.staged_floats * 4;
+    const int halves = t.staged_halves * t.staged_floats;
+    bytes = staged + kConsumers * 4 * (halves > t.line_floats ? halves : t.line_floats) * 4;
   }
 };
 
@@ -315,6 +317,8 @@ struct GemmPlan {
 GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
 // Gives up bulk copies, for a source whose address they cannot take.
 void copy_by_cells(const GemmProblem& gemm, GemmTile& tile);
+// Gives up boxes, for a result whose address they cannot take.
+void store_lines(GemmTile& tile);
 // Whether the source can be read by bulk copies, its kinds of rows, and the copies' descriptions.
 bool can_copy_bulk(const GemmProblem& gemm);
 int source_kinds(const GemmProblem& gemm);

@@ -227,7 +227,9 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
   t.raw_pitch = int(round_up(t.pitch * g.w.phases + before, kVector));
   t.raw_cells = raw_rows * t.raw_pitch;
   t.raw_box = int(round_up(t.raw_cells * t.raw_channels, kBoxAlignment));
-  t.raw_bytes = kinds * t.raw_box * 4;
+  // Room for cells one by one as well, should the source's address be unfit.
+  const int cells = int(round_up(t.source_cells, kVector)) * t.depth * g.block_sums;
+  t.raw_bytes = std::max(kinds * t.raw_box, cells) * 4;
   t.patches = g.phases() > 1;  // elements are at the same places in all tiles
   return !t.straddles && t.raw_pitch <= kLargestBox && raw_rows <= kLargestBox &&
          (aligned || !t.patches);
@@ -369,11 +371,9 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, int pr
   t.plane = std::max(t.source_cells, last + columns);
   t.part = g.octets * t.plane;
   t.stage_cells = t.depth * t.part * (g.products == 3 ? 2 : 1);
-  // Lines, too, where there are boxes: a result may be unfit for them by its address.
-  t.staged_floats =
-      !t.neighbours ? 8 * gemm_stage_pitch(columns)
-                    : std::max((8 >> t.woven_log) * t.line, t.boxed ? t.height * t.box_floats : 0);
-  t.staged_floats = int(round_up(t.staged_floats, kBoxAlignment));
+  t.line_floats = t.neighbours ? (8 >> t.woven_log) * t.line : 8 * gemm_stage_pitch(columns);
+  t.line_floats = int(round_up(t.line_floats, kBoxAlignment));
+  t.staged_floats = t.boxed ? t.height * t.box_floats : t.line_floats;
   t.resident_bytes = resident ? resident_bytes(g, t, processors) : 0;
   if (resident && t.resident_bytes == 0) return false;
   // A descriptor has 14 bits for the cells between octets; between taps there are fewer.
@@ -484,6 +484,12 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
 }
 
 }  // namespace
+
+void store_lines(GemmTile& t) {
+  t.boxed = false;
+  t.staged_halves = 1;
+  t.staged_floats = t.line_floats;
+}
 
 void copy_by_cells(const GemmProblem& g, GemmTile& t) {
   t.bulk = t.patches = false;
