@@ -30,18 +30,20 @@ constexpr int64_t kFewPixels = 4096;
 constexpr int64_t kLongestSum = int64_t{1} << 15;
 constexpr int64_t kAlignment = 256;
 
-// For the cost: the share of the peak cuBLAS reaches, the rates of its dtypes over float32 FMA, the
-// rows a tile has at least, and what a launch costs.
-constexpr double kGemmFraction = 0.75;
-constexpr double kTf32Speedup = 6.0, kHalfSpeedup = 12.0, kDoubleSpeedup = 0.5;
+// For the cost, fitted on an H200: the share of the peak cuBLAS reaches, the rates of its dtypes
+// over float32 FMA, the rows a tile has at least, the share of the bandwidth, how much longer
+// results take than what is read, and what a launch costs.
+constexpr double kGemmFraction = 0.54;
+constexpr double kTf32Speedup = 5.0, kHalfSpeedup = 16.7, kDoubleSpeedup = 0.7;
 constexpr double kTileRows = 64;
+constexpr double kBandwidthShare = 0.9, kWrites = 0.45;
 // In TF32 a tile has so many pixels of an image, and the rest is wasted.
 constexpr double kTilePixels = 128;
-// The columns' trips through memory, as measured on an H200: written and read, more where a stride
-// gathers from many sectors, at most from one for each element; with a stride col2im's loads are
-// far apart, too.
-constexpr double kIm2colPasses = 2, kPassesPerStride = 0.3, kMostPasses = 7, kCol2imPasses = 6;
-constexpr double kLaunchSeconds = 4e-6;
+// What copying the columns takes, in trips of theirs through memory besides the product's: more
+// where a stride gathers from many sectors, at most from one for each element; with a stride
+// col2im's loads are far apart, too.
+constexpr double kIm2colPasses = 1, kPassesPerStride = 0.17, kMostPasses = 6, kCol2imPasses = 5.5;
+constexpr double kLaunchSeconds = 3.4e-6;
 
 int64_t aligned(int64_t bytes) { return round_up(bytes, kAlignment); }
 
@@ -356,11 +358,15 @@ class Im2colGemm final : public Algorithm {
                                                 : double(p.groups * p.taps()) * double(p.batch()) *
                                                       double(p.output_pixels()) *
                                                       double(element_size(columns_dtype(p)));
-    const double chunks = std::max(1.0, column_bytes / kChunkBytes);
+    const double chunks = skips_im2col(p) ? 0 : std::max(1.0, column_bytes / kChunkBytes);
     // Where neither groups nor images merge into one call, the fewer of them are calls of their
     // own.
     const double calls = p.groups == 1 ? 1.0 : double(std::min(p.groups, p.batch()));
-    return p.flops() * tiles / rate + (passes * column_bytes + p.bytes()) / device.bandwidth +
+    const double multiply = p.flops() * tiles / rate;
+    const double bandwidth = device.bandwidth * kBandwidthShare;
+    const double written = double(p.result().numel()) * double(element_size(p.dtype));
+    const double memory = (p.bytes() + kWrites * written + column_bytes) / bandwidth;
+    return std::max(multiply, memory) + passes * column_bytes / bandwidth +
            (2 + 2 * chunks + calls) * kLaunchSeconds;
   }
 

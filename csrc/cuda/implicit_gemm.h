@@ -39,15 +39,17 @@ inline constexpr int kRoomyColumns = 152;
 // (docs/implicit_gemm.md).
 inline constexpr int kPromotedTaps = 6;
 
-inline constexpr int kConsumers = 2;       // warpgroups that multiply
-inline constexpr int kConverterWarps = 7;  // and one that streams weights
-inline constexpr int kConverterThreads = kConverterWarps * 32;
-inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
-inline constexpr int kSector = 8;                    // floats that memory writes at once
-inline constexpr int kVector = 4;                    // floats the copy engine's places are whole in
-inline constexpr int kMaxSourceKinds = 4;            // of rows of the source
-inline constexpr int kMaxKinds = 8;                  // of rows times channels of the result
-inline constexpr int kWeightStageBytes = 8192;       // one to four steps
+inline constexpr int kConsumers = 2;  // warpgroups that multiply
+// Converters are in groups, which take stages by turns: what one waits for, the other does not.
+// There is one warp each that streams weights and loads sources.
+inline constexpr int kConverterGroups = 2, kConverterWarps = 3;
+inline constexpr int kConverterThreads = kConverterWarps * 32;  // of a group
+inline constexpr int kMaxSharedMemory = 227 * 1024;             // a block of sm_90
+inline constexpr int kSector = 8;                               // floats that memory writes at once
+inline constexpr int kVector = 4;               // floats the copy engine's places are whole in
+inline constexpr int kMaxSourceKinds = 4;       // of rows of the source
+inline constexpr int kMaxKinds = 8;             // of rows times channels of the result
+inline constexpr int kWeightStageBytes = 8192;  // one to four steps
 inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages = 7;
 
 // Floats between staged rows: an odd multiple of 8, against bank conflicts.
@@ -289,7 +291,7 @@ CONVOPS_HOST_DEVICE inline int64_t gemm_weight_step(const GemmProblem& g, const 
 struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
-  static constexpr int kHeader = 5120;  // barriers and notes: every byte is one less for tiles
+  static constexpr int kHeader = 6016;  // barriers and notes: every byte is one less for tiles
 
   CONVOPS_HOST_DEVICE explicit GemmSharedMemory(const GemmTile& t) {
     weights = kHeader;

@@ -130,6 +130,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
 #pragma unroll
           for (int i = 0; i < T::kColumns / 2; ++i) totals[i] = fmaf(sums[i], unit, totals[i]);
         }
+        __syncwarp();  // all lanes have read the unit
         if (leads) ptx::barrier_arrive(&header.source_empty[source.index()]);
         source.next(t.source_stages);
       }

@@ -38,16 +38,16 @@ struct Cursor {
   }
 };
 
-// Read anew wherever it is used: what the compiler derives from it ahead of the loop would be more
-// than the converters' registers hold.
-__device__ __forceinline__ int converter_thread() {
+// Of the group. Read anew wherever it is used: what the compiler derives from it ahead of the loop
+// would be more than the converters' registers hold.
+__device__ __forceinline__ int converter_thread(int group) {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread - (kThreads - kConverterThreads);
+  return thread - (kThreads - (kConverterGroups - group) * kConverterThreads);
 }
-
-// Of the warp that has the least to convert.
-constexpr int kBulkThread = kConverterThreads - kWarp;
+__device__ __forceinline__ void sync_group(int group) {
+  ptx::sync_threads<kConverterThreads>(1 + group);
+}
 
 // Where the tile of a job lies in the source.
 struct SourceTile {
@@ -69,7 +69,6 @@ __device__ __forceinline__ int map_column(const GemmProblem& g, int kind, int w)
 
 // One thread copies the tile as boxes, box i from the tile's row i (of elements) on. The copy
 // engine writes zeros outside the tensor, but where a kind's rows begin before their first element.
-// What is noted, others read behind the next barrier.
 __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const GemmTile& t,
                                                  const GemmOperands& operands, int job, int block,
                                                  float* raw, RawNote& note, uint64_t* full) {
@@ -89,6 +88,7 @@ __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const Gem
                               tile.image};
     ptx::copy_box(raw + i * t.raw_box, &operands.source_maps[kind], place, full);
   }
+  ptx::barrier_arrive(full);  // what is noted is seen behind it
 }
 
 // Where the elements of a cell's sum lie in boxes, those together that are neighbours in a row: the
@@ -105,21 +105,22 @@ __device__ __forceinline__ void note_sum_offsets(const GemmProblem& g, const Gem
 // Copies the cells one by one into raw[channel][cell], wherever they come from.
 __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile& t,
                                             const SourceTile& tile, int sum_class, int block,
-                                            const float* source, Header& header, uint32_t raw,
-                                            int thread) {
+                                            const float* source, SumPlace* sum_places, uint32_t raw,
+                                            int group) {
+  const int thread = converter_thread(group);
   const bool mixed = g.mixes_phases();
   const int height = int(g.source.size[2]), width = int(g.source.size[3]);
   const int64_t channel_stride = g.source.stride[1];
   const GemmSum first = gemm_sum(g, sum_class, block * g.block_sums);
   if (mixed) {
-    ptx::sync_threads<1, kConverterThreads>();  // all are done with the last stage's places
+    sync_group(group);  // all are done with the last stage's places
     if (thread < t.depth * g.block_sums) {
       const GemmSum sum = gemm_sum(g, sum_class, block * g.block_sums + thread);
-      header.sum_places[thread] = {sum.channel * channel_stride + sum.phase_h * g.source.stride[2] +
-                                       sum.phase_w * g.source.stride[3],
-                                   sum.channel < g.sums ? sum.phase_h : 1 << 30, sum.phase_w};
+      sum_places[thread] = {sum.channel * channel_stride + sum.phase_h * g.source.stride[2] +
+                                sum.phase_w * g.source.stride[3],
+                            sum.channel < g.sums ? sum.phase_h : 1 << 30, sum.phase_w};
     }
-    ptx::sync_threads<1, kConverterThreads>();
+    sync_group(group);
   }
   for (int i = thread; i < t.depth * t.raw_cells; i += kConverterThreads) {
     int cell = i, part = 0;
@@ -156,7 +157,7 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
       }
     } else {
       // By fours: a loop for what is left, where the compiler unrolls, would take registers.
-      const SumPlace* sums = header.sum_places + part * g.block_sums;
+      const SumPlace* sums = sum_places + part * g.block_sums;
 #pragma unroll 1
       for (const SumPlace* const end = sums + g.block_sums; sums != end; sums += 4)
 #pragma unroll
@@ -264,6 +265,7 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
     int cell = i, block = 0;
     for (; cell >= t.source_cells; cell -= t.source_cells) ++block;
     const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
+    const bool outside = column < note.outside;
     const float* from = raw;
     const int* runs = offsets;
     if constexpr (kRun == 0) {
@@ -299,7 +301,7 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
       if constexpr (T::kProducts == 3)
         place[t.part + octet * t.plane] = make_uint4(low[0], low[1], low[2], low[3]);
     }
-    if (column < note.outside) {
+    if (outside) {
 #pragma unroll
       for (int plane = 0; plane < T::kParts * kOctets; ++plane)
         place[plane * t.plane] = make_uint4(0, 0, 0, 0);
@@ -309,82 +311,73 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
   }
 }
 
+// By one thread: fills raw stages by bulk copies.
+__device__ __forceinline__ void run_loader(const GemmProblem& g, const GemmTile& t,
+                                           const GemmOperands& operands, uint8_t* shared,
+                                           const GemmSharedMemory& memory) {
+  Header& header = *reinterpret_cast<Header*>(shared);
+  Stage stage;
+  for (Cursor at(g, t); !at.done(t); at.next(g, t), stage.next(t.raw_stages)) {
+    const int i = stage.index();
+    ptx::barrier_wait(&header.raw_empty[i], stage.parity() ^ 1);
+    load_source_bulk(g, t, operands, at.index, at.block,
+                     reinterpret_cast<float*>(shared + memory.raw + i * t.raw_bytes), header.raw[i],
+                     &header.raw_full[i]);
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmTile& t,
                                                const GemmOperands& operands, uint8_t* shared,
-                                               const GemmSharedMemory& memory) {
+                                               const GemmSharedMemory& memory, int group) {
   Header& header = *reinterpret_cast<Header*>(shared);
-  uint8_t* const raw = shared + memory.raw;
-
-  if (t.patches) note_sum_offsets(g, t, header.sum_offsets, converter_thread());
+  if (t.patches) {
+    if (group == 0) note_sum_offsets(g, t, header.sum_offsets, converter_thread(group));
+    ptx::sync_threads<kConverterGroups * kConverterThreads>(1 + kConverterGroups);
+  }
   Cursor at(g, t);
-  int ahead = 0;  // stages on the way or waiting
   Stage stage, raw_stage;
-  const auto load_next = [&] {
-    if (!at.done(t)) {
-      int slot = raw_stage.index() + ahead;
-      if (slot >= t.raw_stages) slot -= t.raw_stages;
-      float* const place = reinterpret_cast<float*>(raw + slot * t.raw_bytes);
-      // The tile's place is made anew for every stage: there are no registers to keep it.
-      if (!t.bulk) {
-        if (converter_thread() == 0) header.raw[slot] = {at.index};
-        load_source(g, t, SourceTile(g, t, at.index), at.sum_class, at.block, operands.source,
-                    header, uint32_t(__cvta_generic_to_shared(place)), converter_thread());
-      } else if (converter_thread() == kBulkThread) {
-        load_source_bulk(g, t, operands, at.index, at.block, place, header.raw[slot],
-                         &header.raw_full[slot]);
-      }
-      at.next(g, t);
-      ++ahead;
-    }
-    ptx::copy_commit();  // an empty group where nothing is left: the count below stays right
+  const auto cells = [&] { return shared + memory.raw + raw_stage.index() * t.raw_bytes; };
+  const auto load = [&] {
+    if (t.bulk || at.done(t)) return;
+    if (converter_thread(group) == 0) header.raw[group] = {at.index};
+    // The tile's place is made anew for every stage: there are no registers to keep it.
+    load_source(g, t, SourceTile(g, t, at.index), at.sum_class, at.block, operands.source,
+                header.sum_places[group], uint32_t(__cvta_generic_to_shared(cells())), group);
+    ptx::copy_commit();
   };
-  // Until all of the stage's cells are there.
-  const auto wait_loaded = [&](const Stage& raw_stage) {
+  const auto skip = [&](int stages) {
+    for (int i = 0; i < stages; ++i) {
+      at.next(g, t);
+      stage.next(t.source_stages);
+      raw_stage.next(t.raw_stages);
+    }
+  };
+  skip(group);
+  load();
+  for (int turn = 0; !at.done(t); turn ^= 1) {
     if (t.bulk) {
       ptx::barrier_wait(&header.raw_full[raw_stage.index()], raw_stage.parity());
-      return;
-    }
-    if (t.raw_stages == 2)
+    } else {
       ptx::copy_wait<0>();
-    else if (t.raw_stages == 3)
-      ptx::copy_wait<1>();
-    else
-      ptx::copy_wait<2>();
-    ptx::sync_threads<1, kConverterThreads>();
-  };
-  const auto cells = [&](const Stage& raw_stage) {
-    return reinterpret_cast<const float*>(raw + raw_stage.index() * t.raw_bytes);
-  };
-  // Of two stages that follow each other different ones, also where the ring has three.
-  const auto thread_max = [&](const Stage& raw_stage) {
-    return header.thread_max[(raw_stage.index() ^ (t.raw_stages & raw_stage.parity())) & 1];
-  };
-  const auto find_next_max = [&] {
-    if (ahead == 0) return;
-    wait_loaded(raw_stage);
-    find_max(thread_max(raw_stage), t, cells(raw_stage), converter_thread());
-  };
-  int filling = t.raw_stages - 1;
-  do {
-    if (filling == 0)
-      ptx::sync_threads<1, kConverterThreads>();  // all know the maxima, and are done with the last
-    load_next();
-    if (filling > 0) {
-      if (--filling == 0) find_next_max();
-      continue;
+      sync_group(group);
     }
-    const Scale scale = choose_stage_scale(thread_max(raw_stage), g, t);
+    float* const thread_max = header.thread_max[group][turn];
+    find_max(thread_max, t, reinterpret_cast<const float*>(cells()), converter_thread(group));
+    sync_group(group);
+    const Scale scale = choose_stage_scale(thread_max, g, t);
 
     ptx::barrier_wait(&header.source_empty[stage.index()], stage.parity() ^ 1);
     uint4* const converted =
         reinterpret_cast<uint4*>(shared + memory.sources) + stage.index() * t.stage_cells;
-    if (converter_thread() == 0) header.source_unit[stage.index()] = scale.magnitude * kSumUnit;
+    if (converter_thread(group) == 0)
+      header.source_unit[stage.index()] = scale.magnitude * kSumUnit;
     const RawNote& note = header.raw[raw_stage.index()];
     if (!scale.fits) operands.bad_jobs[note.job] = 1;
     const auto convert_octets = [&]<int kOctets, int kRun>() {
-      convert_source<T, kOctets, kRun>(g, t, cells(raw_stage), note, header.sum_offsets, converted,
-                                       scale.factor, operands.bad_jobs, converter_thread());
+      convert_source<T, kOctets, kRun>(g, t, reinterpret_cast<const float*>(cells()), note,
+                                       header.sum_offsets, converted, scale.factor,
+                                       operands.bad_jobs, converter_thread(group));
     };
     const auto convert = [&]<int kRun>() {
       if (g.octets == 1)
@@ -402,11 +395,13 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
       convert.template operator()<4>();
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     ptx::barrier_arrive(&header.source_full[stage.index()]);
-    stage.next(t.source_stages);
-    raw_stage.next(t.raw_stages);
-    --ahead;
-    find_next_max();  // while the consumers begin
-  } while (filling > 0 || ahead > 0);
+    if (t.bulk)
+      ptx::barrier_arrive(&header.raw_empty[raw_stage.index()]);
+    else
+      sync_group(group);  // all are done with the cells
+    skip(kConverterGroups);
+    load();
+  }
 }
 
 }  // namespace convops::cuda::implicit_gemm

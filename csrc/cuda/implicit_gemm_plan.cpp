@@ -21,25 +21,24 @@ constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, i
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 35;          // between steps
-constexpr double kResidentStepCycles = 15;  // where weights are not waited for
-constexpr double kPromoteCycles = 312;      // to add up sums in registers
-constexpr double kConvertCycles = 133;      // a pass of the converters' threads, two octets each
-constexpr double kCopyCycles = 1640;        // besides, where they copy cell by cell
-constexpr double kMixedCopyCycles = 2600;   // and several phases of the source mix
-constexpr double kCrowded = 1.5;       // times as long with the widest instruction: fewer registers
-constexpr double kMaxCycles = 75;      // of a vector that a thread looks at for the maximum
-constexpr double kStraddle = 1.05;     // times as long where tiles lie across images
-constexpr double kStageCycles = 1980;  // of a stage, whatever its size
-constexpr double kRowCycles = 546;     // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 2.94;  // times as long where they are staged one by one
-constexpr double kRunCycles = 85;       // of a run that is copied by itself
-constexpr double kApartCycles = 0.67;   // of a result that goes alone
-constexpr double kJobCycles = 1190;
-constexpr double kOverlap = 0.39;         // of the shorter of two things at a time is not hidden
-constexpr double kClock = 1.8e9;          // under load
-constexpr double kBandwidthShare = 0.95;  // of the device's peak
-constexpr double kLaunchSeconds = 27e-6;  // three kernels
+constexpr double kStepCycles = 12.3;       // between steps
+constexpr double kPromoteCycles = 522;     // to add up sums in registers
+constexpr double kConvertCycles = 264;     // a pass of the converters' threads
+constexpr double kCopyCycles = 1520;       // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 2410;  // and several phases of the source mix
+constexpr double kMaxCycles = 137;         // of a vector that a thread looks at for the maximum
+constexpr double kStageCycles = 1640;      // of a stage, whatever its size
+constexpr double kRowCycles = 717;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 1.92;     // times as long where they are staged one by one
+constexpr double kRunCycles = 98.2;        // of a run that is copied by itself
+constexpr double kApartCycles = 0.74;      // of a result that goes alone
+constexpr double kJobCycles = 1440;
+constexpr double kOverlap = 0.338;  // of the shorter of two things at a time is not hidden
+constexpr double kClock = 1.98e9;
+constexpr double kBandwidthShare = 0.95;    // of the device's peak
+constexpr double kReadSeconds = 0.064e-12;  // of a byte that blocks read, besides: L2's
+constexpr double kPackSeconds = 16.3e-12;   // of a packed weight
+constexpr double kLaunchSeconds = 24e-6;    // three kernels
 
 int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t align(int64_t bytes) { return round_up(bytes, 256); }
@@ -235,28 +234,29 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
          (aligned || !t.patches);
 }
 
-// As many stages as fit: first those in which both halves of the results leave at a time, then raw
-// ones for the memory's latency, then source stages for the converters'; false if the fewest do
-// not.
+// As many stages as fit: first those in which both halves of the results leave at a time, then a
+// third source stage, so that the consumers have one while both groups of converters fill theirs,
+// then raw ones for the memory's latency; false if the fewest do not.
 bool choose_stages(GemmTile& t) {
-  t.source_stages = t.raw_stages = 2;
+  t.source_stages = 2;
+  t.raw_stages = kConverterGroups;
   t.weight_stages = t.resident_bytes > 0 ? 1 : 4;
   t.staged_halves = 1;
   const auto fits = [&] { return GemmSharedMemory(t).bytes <= kMaxSharedMemory; };
   if (!fits()) t.weight_stages = 3;
   if (!fits()) return false;
-  const auto grow = [&](int& stages, int most) {
+  const auto grow = [&](int& stages, int most, int step = 1) {
     while (stages < most) {
-      ++stages;
+      stages += step;
       if (fits()) continue;
-      --stages;
+      stages -= step;
       break;
     }
   };
   grow(t.staged_halves, 2);
-  grow(t.raw_stages, 3);
   grow(t.source_stages, kMaxSourceStages);
-  grow(t.raw_stages, kMaxRawStages);
+  // As many for every group: of a barrier that groups share one could miss a phase.
+  if (t.bulk) grow(t.raw_stages, kMaxRawStages, kConverterGroups);
   if (t.resident_bytes == 0) grow(t.weight_stages, kMaxWeightStages);
   return true;
 }
@@ -394,9 +394,19 @@ std::vector<int> row_parts(int cells_w, int columns) {
   return result;
 }
 
+// Of the packed weights.
+int64_t packed_steps(const GemmProblem& g, const GemmTile& t) {
+  int64_t steps = 0;
+  for (int r = 0; r < g.row_classes; ++r) steps += int64_t{g.steps(r)} * t.row_blocks * g.groups;
+  return steps;
+}
+
 double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
-  double cycles = 0;  // of the units of one tile of cells
-  const double step = t.resident_bytes > 0 ? kResidentStepCycles : kStepCycles;
+  const double steps = double(packed_steps(g, t));
+  const double weights = steps * t.row_tile * kStepOctets * kOctet;
+  // Of the units of one tile of cells; resident weights are read by a block, not by each job.
+  double cycles = 0;
+  double read = t.resident_bytes > 0 ? 0 : steps * gemm_weight_bytes(g.products, t.row_tile);
   for (int r = 0; r < g.row_classes; ++r) {
     double multiply = 0;  // of both warpgroups, who share the tensor cores
     double stages = 0;
@@ -404,19 +414,17 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
       const int block_steps = g.step_count(r, s);
       if (block_steps == 0) continue;
       stages += double(ceil_divide(g.sum_blocks, t.depth));
-      const int steps = std::min(t.depth, g.sum_blocks) * block_steps;  // of a stage
-      const int promoted = g.products == 3 ? std::min(kPromotedTaps, steps) : steps;
-      multiply +=
-          g.sum_blocks * block_steps * (g.products * t.columns + step + kPromoteCycles / promoted);
+      const int stage_steps = std::min(t.depth, g.sum_blocks) * block_steps;
+      const int promoted = g.products == 3 ? std::min(kPromotedTaps, stage_steps) : stage_steps;
+      multiply += g.sum_blocks * block_steps *
+                  (g.products * t.columns + kStepCycles + kPromoteCycles / promoted);
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);
-    const double copy =
-        (g.mixes_phases() ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddle : 1);
+    const double copy = g.mixes_phases() ? kMixedCopyCycles : kCopyCycles;
     const double look = t.raw_bytes / 16.0 / kConverterThreads * kMaxCycles;
-    const double pass =
-        kConvertCycles * (t.columns > kRoomyColumns ? kCrowded : 1) + (t.bulk ? 0 : copy);
-    const double octets = double(g.octets) / kStepOctets;  // of a pass as it was measured
-    const double convert = stages * (kStageCycles + look + passes * octets * pass);
+    const double pass = kConvertCycles + (t.bulk ? 0 : copy);
+    const double convert = stages * (kStageCycles + look + passes * pass) / kConverterGroups;
+    read += stages * t.raw_bytes * t.row_blocks * g.groups;
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
     const double staging = t.height * kRowCycles * (t.paired ? 1 : kUnpairedRows);
@@ -430,8 +438,10 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
   const double mean = cycles / t.units;
   const double waves = std::ceil(double(t.jobs) / device.processors);
   const double compute = waves * mean / kClock;
-  const double memory = bytes / (device.bandwidth * kBandwidthShare);
-  return std::max(compute, memory) + kOverlap * std::min(compute, memory) + kLaunchSeconds;
+  const double memory =
+      bytes / (device.bandwidth * kBandwidthShare) + read / t.units * t.jobs * kReadSeconds;
+  return std::max(compute, memory) + kOverlap * std::min(compute, memory) + weights * kPackSeconds +
+         kLaunchSeconds;
 }
 
 // Where steps find their octets in a stage.
@@ -447,12 +457,10 @@ void place_steps(GemmProblem& g, const GemmTile& t) {
 }
 
 GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
-  int64_t steps = 0;
-  for (int r = 0; r < g.row_classes; ++r) steps += int64_t(g.steps(r)) * t.row_blocks * g.groups;
   const int64_t channels = int64_t(g.groups) * g.rows;
   GemmWorkspace w;
   w.packed_weights = 0;
-  w.row_scales = align(steps * gemm_weight_bytes(g.products, t.row_tile));
+  w.row_scales = align(packed_steps(g, t) * gemm_weight_bytes(g.products, t.row_tile));
   w.bad_jobs = w.row_scales + align(channels * 4);
   w.bytes = w.bad_jobs + align(t.jobs);
   return w;
@@ -493,6 +501,7 @@ void store_lines(GemmTile& t) {
 
 void copy_by_cells(const GemmProblem& g, GemmTile& t) {
   t.bulk = t.patches = false;
+  t.raw_stages = kConverterGroups;
   t.source_kinds_log = 0;
   set_raw_channels(t, t.depth * g.block_sums);
   t.raw_pitch = t.pitch;

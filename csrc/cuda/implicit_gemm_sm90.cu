@@ -80,21 +80,29 @@ __global__ void __launch_bounds__(kThreads, 1)
       ::cuda::ptx::mbarrier_init(&header.source_full[i], kConverterThreads);
       ::cuda::ptx::mbarrier_init(&header.source_empty[i], kConsumers * 4);
     }
-    for (int i = 0; i < t.raw_stages; ++i) ::cuda::ptx::mbarrier_init(&header.raw_full[i], 1);
+    for (int i = 0; i < t.raw_stages; ++i) {
+      ::cuda::ptx::mbarrier_init(&header.raw_full[i], 1);
+      ::cuda::ptx::mbarrier_init(&header.raw_empty[i], kConverterThreads);
+    }
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   }
   __syncthreads();
 
   const int warp = threadIdx.x / kWarp;
-  if (warp < kConsumers * 4) {
+  constexpr int kStreamer = kConsumers * 4, kLoader = kStreamer + 1, kConverters = kLoader + 1;
+  if (warp < kStreamer) {
     ptx::raise_registers<T::kConsumerRegisters>();
     run_consumers<T>(g, t, operands, shared, memory);
   } else {
     ptx::lower_registers<T::kProducerRegisters>();
-    if (warp > kConsumers * 4)
-      run_converters<T>(g, t, operands, shared, memory);
-    else if (threadIdx.x % kWarp == 0)
-      run_streamer<T>(g, t, operands, shared, memory);
+    if (warp >= kConverters) {
+      run_converters<T>(g, t, operands, shared, memory, (warp - kConverters) / kConverterWarps);
+    } else if (threadIdx.x % kWarp == 0) {
+      if (warp == kStreamer)
+        run_streamer<T>(g, t, operands, shared, memory);
+      else if (t.bulk)
+        run_loader(g, t, operands, shared, memory);
+    }
   }
 }
 

@@ -11,7 +11,7 @@ namespace convops::cuda::implicit_gemm {
 constexpr int kWarp = 32;
 constexpr int kRows = 16;  // of the weight, of a consumer warp
 constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
-constexpr int kThreads = kConsumerThreads + kWarp + kConverterThreads;
+constexpr int kThreads = kConsumerThreads + 2 * kWarp + kConverterGroups * kConverterThreads;
 static_assert(kThreads == 512);
 
 // What 1 stands for where the largest magnitude is 1 to 2; and 1 of the sums of two such operands,
@@ -67,15 +67,16 @@ struct RawNote {
 struct Header {
   uint64_t weights_full[kMaxWeightStages], weights_empty[kMaxWeightStages];
   uint64_t source_full[kMaxSourceStages], source_empty[kMaxSourceStages];
-  float source_unit[kMaxSourceStages];  // what 1 in the sums stands for
-  uint64_t raw_full[kMaxRawStages];     // only with bulk copies
+  float source_unit[kMaxSourceStages];                         // what 1 in the sums stands for
+  uint64_t raw_full[kMaxRawStages], raw_empty[kMaxRawStages];  // only with bulk copies
   RawNote raw[kMaxRawStages];
-  RowNote rows[kConsumers * 4][kRows];     // of every consumer warp
-  float thread_max[2][kConverterThreads];  // of this raw stage and the next
+  RowNote rows[kConsumers * 4][kRows];  // of every consumer warp
+  // Of every group of converters, of its raw stage and its next.
+  float thread_max[kConverterGroups][2][kConverterThreads];
   // Only with several phases in a block of the sum:
   union {
-    SumPlace sum_places[kMaxStageSums];  // of the stage being copied
-    int sum_offsets[kMaxStageSums];      // with bulk copies
+    SumPlace sum_places[kConverterGroups][kMaxStageSums];  // of the stage a group is copying
+    int sum_offsets[kMaxStageSums];                        // with bulk copies
   };
 };
 static_assert(sizeof(Header) <= GemmSharedMemory::kHeader);

@@ -14,10 +14,10 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   ::cuda::ptx::mbarrier_arrive(barrier);
 }
 
-// Barrier `kName` (1 to 15; 0 is __syncthreads) of kThreads threads.
-template <int kName, int kThreads>
-__device__ __forceinline__ void sync_threads() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kName), "n"(kThreads) : "memory");
+// Barrier `name` (1 to 15; 0 is __syncthreads) of kThreads threads.
+template <int kThreads>
+__device__ __forceinline__ void sync_threads(int name) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
 }
 
 // Registers a thread of this warpgroup has from here on; all its warps must come by.

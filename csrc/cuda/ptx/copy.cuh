@@ -22,16 +22,17 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Arrives at the barrier, whose phase completes when so many bytes have, too.
+// The barrier's phase completes when so many bytes have been copied, too.
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
-  ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
-                                         ::cuda::ptx::space_shared, barrier, bytes);
+  ::cuda::ptx::mbarrier_expect_tx(::cuda::ptx::sem_relaxed, ::cuda::ptx::scope_cta,
+                                  ::cuda::ptx::space_shared, barrier, bytes);
 }
 
 // Multiples of 16 bytes by one thread; the barrier's phase completes when they have arrived.
 __device__ __forceinline__ void copy_bulk(void* destination, const void* source, uint32_t bytes,
                                           uint64_t* barrier) {
-  expect_bytes(barrier, bytes);
+  ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
+                                         ::cuda::ptx::space_shared, barrier, bytes);
   ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, destination,
                              source, bytes, barrier);
 }
