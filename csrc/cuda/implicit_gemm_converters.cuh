@@ -357,6 +357,9 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
   load();
   for (int turn = 0; !at.done(t); turn ^= 1) {
     if (t.bulk) {
+      // The other group may have had the stage's place before, and a parity does not tell a phase
+      // from the next but one: that it is done with it must be seen first.
+      ptx::barrier_wait(&header.raw_empty[raw_stage.index()], raw_stage.parity() ^ 1);
       ptx::barrier_wait(&header.raw_full[raw_stage.index()], raw_stage.parity());
     } else {
       ptx::copy_wait<0>();

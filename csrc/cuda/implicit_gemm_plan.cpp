@@ -21,24 +21,26 @@ constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, i
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 12.3;       // between steps
-constexpr double kPromoteCycles = 522;     // to add up sums in registers
-constexpr double kConvertCycles = 264;     // a pass of the converters' threads
-constexpr double kCopyCycles = 1520;       // besides, where they copy cell by cell
-constexpr double kMixedCopyCycles = 2410;  // and several phases of the source mix
-constexpr double kMaxCycles = 137;         // of a vector that a thread looks at for the maximum
-constexpr double kStageCycles = 1640;      // of a stage, whatever its size
-constexpr double kRowCycles = 717;         // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 1.92;     // times as long where they are staged one by one
-constexpr double kRunCycles = 98.2;        // of a run that is copied by itself
+constexpr double kStepCycles = 2;          // between steps
+constexpr double kPromoteCycles = 460;     // to add up sums in registers
+constexpr double kConvertCycles = 320;     // a pass of a group of converters
+constexpr double kCopyCycles = 1510;       // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 2240;  // and several phases of the source mix
+constexpr double kMaxCycles = 62;          // of a vector that a thread looks at for the maximum
+constexpr double kStageCycles = 1600;      // of a stage, whatever its size
+constexpr double kLoadCycles = 1340;       // until a raw stage is there
+constexpr double kRowCycles = 960;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 1.57;     // times as long where they are staged one by one
+constexpr double kRunCycles = 83;          // of a run that is copied by itself
 constexpr double kApartCycles = 0.74;      // of a result that goes alone
-constexpr double kJobCycles = 1440;
-constexpr double kOverlap = 0.338;  // of the shorter of two things at a time is not hidden
+constexpr double kHalfCycles = 690;  // until half of the results has left, where both share memory
+constexpr double kJobCycles = 1530;
+constexpr double kOverlap = 0.27;  // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.98e9;
-constexpr double kBandwidthShare = 0.95;    // of the device's peak
-constexpr double kReadSeconds = 0.064e-12;  // of a byte that blocks read, besides: L2's
-constexpr double kPackSeconds = 16.3e-12;   // of a packed weight
-constexpr double kLaunchSeconds = 24e-6;    // three kernels
+constexpr double kBandwidthShare = 0.92;    // of the device's peak
+constexpr double kReadSeconds = 0.049e-12;  // of a byte that blocks read, mostly from L2
+constexpr double kPackSeconds = 13e-12;     // of a packed weight
+constexpr double kLaunchSeconds = 23.5e-6;  // three kernels
 
 int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t align(int64_t bytes) { return round_up(bytes, 256); }
@@ -234,9 +236,9 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
          (aligned || !t.patches);
 }
 
-// As many stages as fit: first those in which both halves of the results leave at a time, then a
-// third source stage, so that the consumers have one while both groups of converters fill theirs,
-// then raw ones for the memory's latency; false if the fewest do not.
+// As many stages as fit: first those in which both halves of the results leave at a time, then raw
+// ones for the memory's latency, then a third source stage, so that the consumers have one while
+// both groups of converters fill theirs; false if the fewest do not.
 bool choose_stages(GemmTile& t) {
   t.source_stages = 2;
   t.raw_stages = kConverterGroups;
@@ -245,18 +247,18 @@ bool choose_stages(GemmTile& t) {
   const auto fits = [&] { return GemmSharedMemory(t).bytes <= kMaxSharedMemory; };
   if (!fits()) t.weight_stages = 3;
   if (!fits()) return false;
-  const auto grow = [&](int& stages, int most, int step = 1) {
+  const auto grow = [&](int& stages, int most) {
     while (stages < most) {
-      stages += step;
+      ++stages;
       if (fits()) continue;
-      stages -= step;
+      --stages;
       break;
     }
   };
   grow(t.staged_halves, 2);
+  if (t.bulk) grow(t.raw_stages, 3);
   grow(t.source_stages, kMaxSourceStages);
-  // As many for every group: of a barrier that groups share one could miss a phase.
-  if (t.bulk) grow(t.raw_stages, kMaxRawStages, kConverterGroups);
+  if (t.bulk) grow(t.raw_stages, kMaxRawStages);
   if (t.resident_bytes == 0) grow(t.weight_stages, kMaxWeightStages);
   return true;
 }
@@ -421,9 +423,11 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
     }
     const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);
     const double copy = g.mixes_phases() ? kMixedCopyCycles : kCopyCycles;
-    const double look = t.raw_bytes / 16.0 / kConverterThreads * kMaxCycles;
+    // The vectors that a thread looks at in each box, four at a time.
+    const int lanes = kConverterThreads / t.max_groups << t.max_pieces_log;
+    const double vectors = double(round_up(ceil_divide(t.raw_cells, kVector * lanes), 4));
+    const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles;
     const double pass = kConvertCycles + (t.bulk ? 0 : copy);
-    const double convert = stages * (kStageCycles + look + passes * pass) / kConverterGroups;
     read += stages * t.raw_bytes * t.row_blocks * g.groups;
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
@@ -431,17 +435,21 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
     const double runs = t.boxed ? 0 : (16 >> t.woven_log) * t.runs * kRunCycles;
     const double store =
         t.neighbours ? staging + runs : rows * t.tile_rows * t.width * kApartCycles;
-    const double consume = multiply + store + kJobCycles;
+    const double halves = t.neighbours && t.staged_halves == 1 ? kHalfCycles : 0;
+    const double consume = multiply + store + halves + kJobCycles;
+    // A group works on one stage; a raw stage is loaded, looked at and converted.
+    const double stage = kStageCycles + look + passes * pass;
+    const double convert = stages * std::max(stage / kConverterGroups,
+                                             t.bulk ? (kLoadCycles + stage) / t.raw_stages : 0);
     cycles += t.row_blocks * (std::max(consume, convert) + kOverlap * std::min(consume, convert));
   }
   cycles *= g.groups;
   const double mean = cycles / t.units;
   const double waves = std::ceil(double(t.jobs) / device.processors);
   const double compute = waves * mean / kClock;
-  const double memory =
-      bytes / (device.bandwidth * kBandwidthShare) + read / t.units * t.jobs * kReadSeconds;
-  return std::max(compute, memory) + kOverlap * std::min(compute, memory) + weights * kPackSeconds +
-         kLaunchSeconds;
+  const double memory = bytes / (device.bandwidth * kBandwidthShare);
+  return std::max(compute, memory) + kOverlap * std::min(compute, memory) +
+         read / t.units * t.jobs * kReadSeconds + weights * kPackSeconds + kLaunchSeconds;
 }
 
 // Where steps find their octets in a stage.
@@ -501,7 +509,7 @@ void store_lines(GemmTile& t) {
 
 void copy_by_cells(const GemmProblem& g, GemmTile& t) {
   t.bulk = t.patches = false;
-  t.raw_stages = kConverterGroups;
+  t.raw_stages = kConverterGroups;  // each has its own
   t.source_kinds_log = 0;
   set_raw_channels(t, t.depth * g.block_sums);
   t.raw_pitch = t.pitch;

@@ -3,9 +3,10 @@
 // A persistent block of 16 warps walks over jobs (a block of rows on a tile of cells, see
 // implicit_gemm.h); its warps pass data on through rings of stages in shared memory:
 //
-//   converters  7 warps  source → raw ring (bulk copies or cp.async) → scaled, rounded or split
-//                        into fp16 → source ring
-//   streamer    1 warp   packed weights → weight ring (bulk copies)
+//   loader      1 warp   source → raw ring (bulk copies)
+//   converters  6 warps  two groups that take stages by turns: raw ring (or, by cp.async, source) →
+//                        scaled, rounded or split into fp16 → source ring
+//   streamer    1 warp   packed weights → weight ring (bulk copies), or all of them once
 //   consumers   8 warps  two warpgroups: source ring × weight ring → registers → result
 //
 // What makes it fast: an element of the source is converted once for all kernel_h · kernel_w taps.
