@@ -21,26 +21,27 @@ constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, i
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 2;          // between steps
-constexpr double kPromoteCycles = 460;     // to add up sums in registers
-constexpr double kConvertCycles = 320;     // a pass of a group of converters
-constexpr double kCopyCycles = 1510;       // besides, where they copy cell by cell
-constexpr double kMixedCopyCycles = 2240;  // and several phases of the source mix
-constexpr double kMaxCycles = 62;          // of a vector that a thread looks at for the maximum
-constexpr double kStageCycles = 1600;      // of a stage, whatever its size
-constexpr double kLoadCycles = 1340;       // until a raw stage is there
-constexpr double kRowCycles = 960;         // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 1.57;     // times as long where they are staged one by one
-constexpr double kRunCycles = 83;          // of a run that is copied by itself
+constexpr double kStepCycles = 1.6;     // between steps
+constexpr double kPromoteCycles = 465;  // to add up sums in registers
+constexpr double kConvertCycles = 318;  // a pass of a group of converters
+constexpr double kCrowded = 1.27;     // times as long with the widest instruction: fewer registers
+constexpr double kCopyCycles = 1470;  // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 2056;  // and several phases of the source mix
+constexpr double kMaxCycles = 61.3;        // of a vector that a thread looks at for the maximum
+constexpr double kStageCycles = 1607;      // of a stage, whatever its size
+constexpr double kLoadCycles = 1159;       // until a raw stage is there
+constexpr double kRowCycles = 933;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 1.6;      // times as long where they are staged one by one
+constexpr double kRunCycles = 85.8;        // of a run that is copied by itself
 constexpr double kApartCycles = 0.74;      // of a result that goes alone
-constexpr double kHalfCycles = 690;  // until half of the results has left, where both share memory
-constexpr double kJobCycles = 1530;
-constexpr double kOverlap = 0.27;  // of the shorter of two things at a time is not hidden
+constexpr double kHalfCycles = 731;  // until half of the results has left, if both share memory
+constexpr double kJobCycles = 1600;
+constexpr double kOverlap = 0.262;  // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.98e9;
-constexpr double kBandwidthShare = 0.92;    // of the device's peak
-constexpr double kReadSeconds = 0.049e-12;  // of a byte that blocks read, mostly from L2
-constexpr double kPackSeconds = 13e-12;     // of a packed weight
-constexpr double kLaunchSeconds = 23.5e-6;  // three kernels
+constexpr double kBandwidthShare = 0.919;    // of the device's peak
+constexpr double kReadSeconds = 0.0497e-12;  // of a byte that blocks read, mostly from L2
+constexpr double kPackSeconds = 13.6e-12;    // of a packed weight
+constexpr double kLaunchSeconds = 23.6e-6;   // three kernels
 
 int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t align(int64_t bytes) { return round_up(bytes, 256); }
@@ -427,7 +428,8 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
     const int lanes = kConverterThreads / t.max_groups << t.max_pieces_log;
     const double vectors = double(round_up(ceil_divide(t.raw_cells, kVector * lanes), 4));
     const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles;
-    const double pass = kConvertCycles + (t.bulk ? 0 : copy);
+    const double pass =
+        kConvertCycles * (t.columns > kRoomyColumns ? kCrowded : 1) + (t.bulk ? 0 : copy);
     read += stages * t.raw_bytes * t.row_blocks * g.groups;
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
