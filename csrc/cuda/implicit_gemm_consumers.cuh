@@ -75,7 +75,8 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
       if (begin == end) continue;
       for (int block = 0; block < g.sum_blocks; block += t.depth) {
         ptx::barrier_wait(&header.source_full[source.index()], source.parity());
-        const float unit = header.source_unit[source.index()];
+        // Read by the lane that says later that the stage is free.
+        const float unit = __shfl_sync(~0u, leads ? header.source_unit[source.index()] : 0.0f, 0);
         const int steps = min(t.depth, g.sum_blocks - block) * (end - begin);
         ptx::Matrix b = b0 + source.index() * t.stage_cells;
         for (int step = 0, at = begin; step < steps;) {
@@ -130,7 +131,6 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
 #pragma unroll
           for (int i = 0; i < T::kColumns / 2; ++i) totals[i] = fmaf(sums[i], unit, totals[i]);
         }
-        __syncwarp();  // all lanes have read the unit
         if (leads) ptx::barrier_arrive(&header.source_empty[source.index()]);
         source.next(t.source_stages);
       }
