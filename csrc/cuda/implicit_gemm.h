@@ -37,7 +37,7 @@ inline constexpr int kRoomyColumns = 152;
 
 // After so many steps of three products sums are promoted: 18 truncated additions
 // (docs/implicit_gemm.md).
-inline constexpr int kPromotedTaps = 6;
+inline constexpr int kPromotedSteps = 6;
 
 inline constexpr int kConsumers = 2;  // warpgroups that multiply
 // Converters are in groups, which take stages by turns: what one waits for, the other does not.

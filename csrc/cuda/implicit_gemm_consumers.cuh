@@ -83,8 +83,8 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
           // Both warpgroups promote as often, but the second has its short turn first: while one
           // adds up its sums, the other multiplies.
           const int turn = step == 0 && group == 1
-                               ? ((steps - 1) % kPromotedTaps / T::kSteps + 1) * T::kSteps
-                               : kPromotedTaps;
+                               ? ((steps - 1) % kPromotedSteps / T::kSteps + 1) * T::kSteps
+                               : kPromotedSteps;
           const int promoted = T::kProducts == 3 ? min(steps - step, turn) : steps - step;
           int i = 0;
           const auto multiply_next = [&](ptx::Matrix a) {

@@ -1,4 +1,5 @@
-// The converters of implicit_gemm's main kernel: source → raw ring → source ring of scaled fp16.
+// The loader and the converters of implicit_gemm's main kernel: source → raw ring → source ring of
+// scaled fp16.
 #pragma once
 
 #include <cuda_fp16.h>

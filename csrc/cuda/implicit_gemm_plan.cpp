@@ -418,7 +418,7 @@ double estimate(const GemmProblem& g, const GemmTile& t, const Device& device, d
       if (block_steps == 0) continue;
       stages += double(ceil_divide(g.sum_blocks, t.depth));
       const int stage_steps = std::min(t.depth, g.sum_blocks) * block_steps;
-      const int promoted = g.products == 3 ? std::min(kPromotedTaps, stage_steps) : stage_steps;
+      const int promoted = g.products == 3 ? std::min(kPromotedSteps, stage_steps) : stage_steps;
       multiply += g.sum_blocks * block_steps *
                   (g.products * t.columns + kStepCycles + kPromoteCycles / promoted);
     }

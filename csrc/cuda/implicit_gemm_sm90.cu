@@ -18,7 +18,7 @@
 // What makes it accurate: x = high + low in fp16, 22 bits; high·high + high·low + low·high are
 // three products (ieee), high·high alone has TF32's 11 bits (tf32). fp16's range is met by a power
 // of two for each source stage, from its largest element, and one for each row of the weight. The
-// tensor core adds with 25 bits and cuts the rest off, so after at most kPromotedTaps steps its
+// tensor core adds with 25 bits and cuts the rest off, so after at most kPromotedSteps steps its
 // sums are added to float32 registers, where the stage's scale comes out again. Data that one scale
 // does not fit (and NaN and Inf) mark the job; implicit_gemm_exact_sm90.cu computes it again.
 #include <cuda_runtime.h>

@@ -30,7 +30,7 @@ struct Traits {
   static constexpr int kStagePitch = gemm_stage_pitch(kColumns);
   // Of a stage: what is done once a stage counts for less where steps are short.
   static constexpr int kSteps = kWeightStageBytes / kWeightBytes;
-  static_assert(kProducts != 3 || kPromotedTaps % kSteps == 0,
+  static_assert(kProducts != 3 || kPromotedSteps % kSteps == 0,
                 "stages end where sums are promoted");
   // Two accumulators and addresses for 256 threads, what is left for the other 256.
   static constexpr int kConsumerRegisters = kColumns > kRoomyColumns ? 208 : 200;
