@@ -317,6 +317,10 @@ struct GemmPlan {
 };
 // The fastest by estimate of all blocks and tiles.
 GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
+// Steps of all packed weights, and the seconds of a call whose tensors have so many bytes.
+int64_t packed_steps(const GemmProblem& gemm, const GemmTile& tile);
+double estimate_gemm(const GemmProblem& gemm, const GemmTile& tile, const Device& device,
+                     double bytes);
 // Gives up bulk copies, for a source whose address they cannot take.
 void copy_by_cells(const GemmProblem& gemm, GemmTile& tile);
 // Gives up boxes, for a result whose address they cannot take.

@@ -1,0 +1,93 @@
+// How long a tile of implicit_gemm takes, by estimate: what chooses among tiles, and among
+// algorithms.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/implicit_gemm.h"
+#include "integers.h"
+
+namespace convops::cuda {
+namespace {
+
+// Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
+constexpr double kStepCycles = 1.6;     // between steps
+constexpr double kPromoteCycles = 465;  // to add up sums in registers
+constexpr double kConvertCycles = 318;  // a pass of a group of converters
+constexpr double kCrowded = 1.27;     // times as long with the widest instruction: fewer registers
+constexpr double kCopyCycles = 1470;  // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 2056;  // and several phases of the source mix
+constexpr double kMaxCycles = 61.3;        // of a vector that a thread looks at for the maximum
+constexpr double kStageCycles = 1607;      // of a stage, whatever its size
+constexpr double kLoadCycles = 1159;       // until a raw stage is there
+constexpr double kRowCycles = 933;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 1.6;      // times as long where they are staged one by one
+constexpr double kRunCycles = 85.8;        // of a run that is copied by itself
+constexpr double kApartCycles = 0.74;      // of a result that goes alone
+constexpr double kHalfCycles = 731;  // until half of the results has left, if both share memory
+constexpr double kJobCycles = 1600;
+constexpr double kOverlap = 0.262;  // of the shorter of two things at a time is not hidden
+constexpr double kClock = 1.98e9;
+constexpr double kBandwidthShare = 0.919;    // of the device's peak
+constexpr double kReadSeconds = 0.0497e-12;  // of a byte that blocks read, mostly from L2
+constexpr double kPackSeconds = 13.6e-12;    // of a packed weight
+constexpr double kLaunchSeconds = 23.6e-6;   // three kernels
+
+}  // namespace
+
+int64_t packed_steps(const GemmProblem& g, const GemmTile& t) {
+  int64_t steps = 0;
+  for (int r = 0; r < g.row_classes; ++r) steps += int64_t{g.steps(r)} * t.row_blocks * g.groups;
+  return steps;
+}
+
+double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
+  const double steps = double(packed_steps(g, t));
+  const double weights = steps * t.row_tile * kStepOctets * kOctet;
+  // Of the units of one tile of cells; resident weights are read by a block, not by each job.
+  double cycles = 0;
+  double read = t.resident_bytes > 0 ? 0 : steps * gemm_weight_bytes(g.products, t.row_tile);
+  for (int r = 0; r < g.row_classes; ++r) {
+    double multiply = 0;  // of both warpgroups, who share the tensor cores
+    double stages = 0;
+    for (int s = 0; s < g.sum_classes; ++s) {
+      const int block_steps = g.step_count(r, s);
+      if (block_steps == 0) continue;
+      stages += double(ceil_divide(g.sum_blocks, t.depth));
+      const int stage_steps = std::min(t.depth, g.sum_blocks) * block_steps;
+      const int promoted = g.products == 3 ? std::min(kPromotedSteps, stage_steps) : stage_steps;
+      multiply += g.sum_blocks * block_steps *
+                  (g.products * t.columns + kStepCycles + kPromoteCycles / promoted);
+    }
+    const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);
+    const double copy = g.mixes_phases() ? kMixedCopyCycles : kCopyCycles;
+    // The vectors that a thread looks at in each box, four at a time.
+    const int lanes = kConverterThreads / t.max_groups << t.max_pieces_log;
+    const double vectors = double(round_up(ceil_divide(t.raw_cells, kVector * lanes), 4));
+    const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles;
+    const double pass =
+        kConvertCycles * (t.columns > kRoomyColumns ? kCrowded : 1) + (t.bulk ? 0 : copy);
+    read += stages * t.raw_bytes * t.row_blocks * g.groups;
+    const double rows = double(g.class_rows) / t.row_blocks;
+    // By each consumer warp, of its 16 rows.
+    const double staging = t.height * kRowCycles * (t.paired ? 1 : kUnpairedRows);
+    const double runs = t.boxed ? 0 : (16 >> t.woven_log) * t.runs * kRunCycles;
+    const double store =
+        t.neighbours ? staging + runs : rows * t.tile_rows * t.width * kApartCycles;
+    const double halves = t.neighbours && t.staged_halves == 1 ? kHalfCycles : 0;
+    const double consume = multiply + store + halves + kJobCycles;
+    // A group works on one stage; a raw stage is loaded, looked at and converted.
+    const double stage = kStageCycles + look + passes * pass;
+    const double convert = stages * std::max(stage / kConverterGroups,
+                                             t.bulk ? (kLoadCycles + stage) / t.raw_stages : 0);
+    cycles += t.row_blocks * (std::max(consume, convert) + kOverlap * std::min(consume, convert));
+  }
+  cycles *= g.groups;
+  const double mean = cycles / t.units;
+  const double waves = std::ceil(double(t.jobs) / device.processors);
+  const double compute = waves * mean / kClock;
+  const double memory = bytes / (device.bandwidth * kBandwidthShare);
+  return std::max(compute, memory) + kOverlap * std::min(compute, memory) +
+         read / t.units * t.jobs * kReadSeconds + weights * kPackSeconds + kLaunchSeconds;
+}
+
+}  // namespace convops::cuda
