@@ -283,16 +283,15 @@ int resident_bytes(const GemmProblem& g, const GemmTile& t, int processors) {
 }
 
 // What there is to choose for a tile: into how many parts a row of cells is cut, how deep a stage
-// is, whether tiles cross images and weights stay in shared memory.
+// is and whether tiles cross images.
 struct TileChoice {
   int row_tile, columns, parts, depth;
-  bool straddles, resident;
+  bool straddles;
 };
 
-// That tile; false if it does not fit.
-bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, int processors,
-               GemmTile& t) {
-  const auto [row_tile, columns, parts, depth, straddles, resident] = choice;
+// That tile but for its stages; false where there is none.
+bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTile& t) {
+  const auto [row_tile, columns, parts, depth, straddles] = choice;
   t.depth = depth;
   t.row_tile = row_tile;
   t.columns = columns;
@@ -354,10 +353,8 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, int pr
   t.line_floats = t.neighbours ? (8 >> t.woven_log) * t.line : 8 * gemm_stage_pitch(columns);
   t.line_floats = int(round_up(t.line_floats, kBoxAlignment));
   t.staged_floats = t.boxed ? t.height * t.box_floats : t.line_floats;
-  t.resident_bytes = resident ? resident_bytes(g, t, processors) : 0;
-  if (resident && t.resident_bytes == 0) return false;
   // A descriptor has 14 bits for the cells between octets; between taps there are fewer.
-  return t.plane < (1 << 14) && choose_stages(t);
+  return t.plane < (1 << 14);
 }
 
 // Into how many parts a row of cells may be cut: the fewest that fit, and more.
@@ -411,13 +408,17 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
     for (const int columns : kGemmColumns)
       for (const int parts : row_parts(g.cells_w, columns))
         for (int depth = 1; depth <= most; depth *= 2)
-          for (const bool straddles : {false, true})
-            for (const bool resident : {false, true}) {
-              const TileChoice choice{row_tile, columns, parts, depth, straddles, resident};
-              if (!make_tile(g, choice, bulk, device.processors, t)) continue;
+          for (const bool straddles : {false, true}) {
+            const TileChoice choice{row_tile, columns, parts, depth, straddles};
+            if (!make_tile(g, choice, bulk, t)) continue;
+            const int resident = resident_bytes(g, t, device.processors);
+            for (const bool stay : {false, true}) {
+              t.resident_bytes = stay ? resident : 0;
+              if ((stay && resident == 0) || !choose_stages(t)) continue;
               const double seconds = estimate_gemm(g, t, device, p.bytes());
               if (seconds < best.seconds) best = {"", g, t, seconds, {}};
             }
+          }
   }
 }
 
