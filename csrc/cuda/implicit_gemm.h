@@ -35,9 +35,9 @@ inline constexpr int kGemmColumns[] = {96, 128, 152, 160};
 // With more of them the consumers need registers that the converters then have not.
 inline constexpr int kRoomyColumns = 152;
 
-// After so many steps of three products sums are promoted: 18 truncated additions
-// (docs/implicit_gemm.md).
-inline constexpr int kPromotedSteps = 6;
+// After so many steps sums are promoted at the latest: 18 truncated additions of three products a
+// step (docs/implicit_gemm.md), or as many of one as hardly count beside TF32's rounding.
+constexpr int promoted_steps(int products) { return products == 3 ? 6 : 128; }
 
 inline constexpr int kConsumers = 2;  // warpgroups that multiply
 // Converters are in groups, which take stages by turns: what one waits for, the other does not.
@@ -46,10 +46,10 @@ inline constexpr int kConverterGroups = 2, kConverterWarps = 3;
 inline constexpr int kConverterThreads = kConverterWarps * 32;  // of a group
 inline constexpr int kMaxSharedMemory = 227 * 1024;             // a block of sm_90
 inline constexpr int kSector = 8;                               // floats that memory writes at once
-inline constexpr int kVector = 4;               // floats the copy engine's places are whole in
-inline constexpr int kMaxSourceKinds = 4;       // of rows of the source
-inline constexpr int kMaxKinds = 8;             // of rows times channels of the result
-inline constexpr int kWeightStageBytes = 8192;  // one to four steps
+inline constexpr int kChunk = 64;                               // or does better to
+inline constexpr int kVector = 4;          // floats the copy engine's places are whole in
+inline constexpr int kMaxSourceKinds = 4;  // of rows of the source
+inline constexpr int kMaxKinds = 8;        // of rows times channels of the result
 inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages = 7;
 
 // Floats between staged rows: an odd multiple of 8, against bank conflicts.
@@ -139,8 +139,8 @@ struct GemmProblem {
   // last step has kNoTap.
   int16_t step_begin[kMaxClasses][kMaxClasses + 1];
   GemmTap taps[kMaxTaps];
-  // A step's operand in the stage: cells to its first octet, and, in the upper half of the word,
-  // from there to its second.
+  // Where the steps of a whole stage find their operands there, lists in the order of step_begin:
+  // cells to the first octet, and, in the upper half of the word, from there to the second.
   uint32_t step_cells[kMaxTaps];
   Divisor by_rows, by_block_w, by_phases, by_phases_w;  // of the numbers of that name
 
@@ -220,8 +220,10 @@ struct GemmTile {
   // are, and for every pair of kinds there is a map of the tensor whose rows all begin at a border.
   bool boxed;
   int row_kinds_log;
-  int box_width, box_floats;  // of a channel's results, of a box in shared memory
-  bool has_edges;             // results that are in no box
+  // Of a channel's results, and in shared memory from one to the next and of a box. Tiles of whole
+  // chunks of memory have gaps between channels there, so that those lie in different banks.
+  int box_width, box_pitch, box_floats;
+  bool has_edges;  // results that are in no box
   // In lines: a row of the tile, or those that follow each other in an image, are a run.
   bool joined;        // the tile's rows follow each other in an image of the result
   int runs;           // at most so many are in a row of the weight
@@ -231,6 +233,7 @@ struct GemmTile {
   int staged_halves;  // of a warp's 16 rows, each with its own memory
   bool paired;        // two results of a thread are always 8 aligned bytes there
   int depth;          // blocks of the sum in a stage: 1, 2 or 4, and 1 where they are one octet
+  bool staggered;     // the warpgroups promote by turns
   // Sources as they come from memory. By bulk copies (boxes of rows, which begin at multiples of 16
   // bytes: rows of the tensor are of as many kinds as there are places between those where they
   // begin, and every kind has its map and its box), or cell by cell, as they lie in the tile.
@@ -246,6 +249,7 @@ struct GemmTile {
   // and of a stage.
   int plane, part, stage_cells;
   int raw_stages, source_stages, weight_stages;
+  int weight_stage_bytes;
   // Of the weights, where all that a block ever needs stay in shared memory; 0 where they pass
   // through the ring.
   int resident_bytes;
@@ -255,6 +259,7 @@ struct GemmTile {
   // Results from a place in the tensor to where tiles may meet next: the border of a sector. To
   // write a part of one costs as much as several whole ones.
   CONVOPS_HOST_DEVICE int to_border(int offset) const { return -offset & overlap; }
+  CONVOPS_HOST_DEVICE bool has_gaps() const { return box_pitch > box_width; }
 };
 
 // A job of the main kernel: a block of rows on a tile of cells.
@@ -276,6 +281,11 @@ CONVOPS_HOST_DEVICE inline int gemm_weight_bytes(int products, int row_tile) {
   return row_tile * kStepOctets * kOctet * 2 * (products == 3 ? 2 : 1);
 }
 
+// Of a stage of weights: two steps, or four where they are small.
+CONVOPS_HOST_DEVICE constexpr int gemm_weight_stage_bytes(int products, int row_tile) {
+  return products == 3 && row_tile == 128 ? 16384 : 8192;
+}
+
 // Where the weights of a job begin, counted in steps; they lie in the order of units.
 CONVOPS_HOST_DEVICE inline int64_t gemm_weight_step(const GemmProblem& g, const GemmTile& t,
                                                     const GemmJob& job) {
@@ -295,7 +305,8 @@ struct GemmSharedMemory {
 
   CONVOPS_HOST_DEVICE explicit GemmSharedMemory(const GemmTile& t) {
     weights = kHeader;
-    raw = weights + (t.resident_bytes > 0 ? t.resident_bytes : t.weight_stages * kWeightStageBytes);
+    raw = weights +
+          (t.resident_bytes > 0 ? t.resident_bytes : t.weight_stages * t.weight_stage_bytes);
     sources = raw + t.raw_stages * t.raw_bytes;
     staged = (sources + t.source_stages * t.stage_cells * kOctet * 2 + 127) / 128 * 128;
     const int halves = t.staged_halves * t.staged_floats;

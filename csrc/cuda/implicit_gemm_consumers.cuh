@@ -40,10 +40,22 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
 
   float* const staged =
       reinterpret_cast<float*>(shared + memory.staged) + warp * t.staged_halves * t.staged_floats;
-  Stage source, weights, released;
-  const auto release_weights = [&] {
-    if (leads) ptx::barrier_arrive(&header.weights_empty[released.index()]);
-    released.next(t.weight_stages);
+  // Stages whose instructions are not known to have ended are not released yet.
+  Stage source, weights, used_source, used_weights;
+  // Releases all stages before `weights_place` and the one of the source.
+  const auto release = [&](uint32_t weights_place) {
+    while (used_weights.place != weights_place) {
+      if (leads) ptx::barrier_arrive(&header.weights_empty[used_weights.index()]);
+      used_weights.next(t.weight_stages);
+    }
+    if (used_source.place != source.place) {
+      if (leads) ptx::barrier_arrive(&header.source_empty[used_source.index()]);
+      used_source.next(t.source_stages);
+    }
+  };
+  const auto finish = [&] {
+    ptx::wgmma_wait<0>();
+    release(weights.place);
   };
 
   const bool stay = t.resident_bytes > 0;
@@ -68,73 +80,87 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
       asm("" : "=f"(sums[i]));
     }
 
+    // `sums` are of `held` steps, of `most` at the most, in multiples of `sums_unit`.
+    int held = 0, most = group == 1 && t.staggered ? T::kFirstSteps : T::kSumSteps;
+    float sums_unit = 0;
+    const auto promote = [&] {
+      finish();
+      if (held == 0) return;
+#pragma unroll
+      for (int i = 0; i < T::kColumns / 2; ++i) totals[i] = fmaf(sums[i], sums_unit, totals[i]);
+    };
     ptx::Matrix resident = a0;  // the next step's weights, where they stay
     for (int sum_class = 0; sum_class < g.sum_classes; ++sum_class) {
       const int begin = g.step_begin[job.row_class][sum_class];
       const int end = g.step_begin[job.row_class][sum_class + 1];
       if (begin == end) continue;
       for (int block = 0; block < g.sum_blocks; block += t.depth) {
+        // Converters may wait for the stage before.
+        if (!ptx::barrier_passed(&header.source_full[source.index()], source.parity())) finish();
         ptx::barrier_wait(&header.source_full[source.index()], source.parity());
         // Read by the lane that says later that the stage is free.
-        const float unit = __shfl_sync(~0u, leads ? header.source_unit[source.index()] : 0.0f, 0);
+        const float stage_unit =
+            __shfl_sync(~0u, leads ? header.source_unit[source.index()] : 0.0f, 0);
         const int steps = min(t.depth, g.sum_blocks - block) * (end - begin);
-        ptx::Matrix b = b0 + source.index() * t.stage_cells;
-        for (int step = 0, at = begin; step < steps;) {
-          // Both warpgroups promote as often, but the second has its short turn first: while one
-          // adds up its sums, the other multiplies.
-          const int turn = step == 0 && group == 1
-                               ? ((steps - 1) % kPromotedSteps / T::kSteps + 1) * T::kSteps
-                               : kPromotedSteps;
-          const int promoted = T::kProducts == 3 ? min(steps - step, turn) : steps - step;
-          int i = 0;
-          const auto multiply_next = [&](ptx::Matrix a) {
-            multiply_step<T>(sums, a, b + g.step_cells[at], t.part, i > 0);
-            ++i;
-            if (++at == end) {
-              at = begin;
-              b = b + t.part * T::kParts;
+        const ptx::Matrix b = b0 + source.index() * t.stage_cells;
+        int at = begin * t.depth;  // in the list of steps
+        for (int left = steps; left > 0;) {
+          // A sum goes on in the next stage, but for another unit; it ends where weights' stages
+          // do.
+          if (held + min(left, T::kSteps) > most || stage_unit != sums_unit) {
+            promote();
+            if (held > 0) most = T::kSumSteps;
+            held = 0;
+            sums_unit = stage_unit;
+          }
+          const int room = most - held, count = room < left ? room / T::kSteps * T::kSteps : left;
+          left -= count;
+          // Of the next `steps` steps; the ring's next stage, or where weights stay.
+          const auto next_weights = [&](int steps) {
+            ptx::Matrix a = resident;
+            if (stay) {
+              resident = resident + steps * (T::kWeightBytes / 16);
+            } else {
+              ptx::barrier_wait(&header.weights_full[weights.index()], weights.parity());
+              a = a0 + weights.index() * (T::kWeightStageBytes / 16);
+              weights.next(t.weight_stages);
             }
+            return a;
           };
-          const auto next_weights = [&] {
-            ptx::barrier_wait(&header.weights_full[weights.index()], weights.parity());
-            return a0 + weights.index() * (kWeightStageBytes / 16);
-          };
-          // Whole stages of weights, then what is left; or all of it, without waiting.
-#pragma unroll 1
-          while (!stay && i + T::kSteps <= promoted) {
-            const ptx::Matrix a = next_weights();
+          const auto multiply = [&](ptx::Matrix a, int steps) {
             ptx::wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < T::kSteps; ++j) multiply_next(a + j * (T::kWeightBytes / 16));
+            for (int j = 0; j < steps; ++j) {
+              multiply_step<T>(sums, a + j * (T::kWeightBytes / 16), b + g.step_cells[at + j],
+                               t.part, j > 0 || held > 0);
+            }
             ptx::wgmma_commit();
-            weights.next(t.weight_stages);
-            ptx::wgmma_wait<1>();
-            if (i > T::kSteps) release_weights();
-          }
-          if (i < promoted) {
-            ptx::Matrix a = stay ? resident : next_weights();
+            at += steps;
+            held += steps;
+          };
+          // Whole stages of weights, then what is left.
 #pragma unroll 1
-            do {
-              ptx::wgmma_fence();
-              multiply_next(a);
-              ptx::wgmma_commit();
-              a = a + T::kWeightBytes / 16;
-            } while (i < promoted);
-            if (stay)
-              resident = a;
-            else
-              weights.next(t.weight_stages);
+          for (int stages = count / T::kSteps; stages > 0; --stages) {
+            const uint32_t before = weights.place;
+            multiply(next_weights(T::kSteps), T::kSteps);
+            ptx::wgmma_wait<1>();
+            release(before);
           }
-          ptx::wgmma_wait<0>();
-          while (released.place != weights.place) release_weights();
-          step += promoted;
-#pragma unroll
-          for (int i = 0; i < T::kColumns / 2; ++i) totals[i] = fmaf(sums[i], unit, totals[i]);
+          if (const int rest = count % T::kSteps) {
+            const uint32_t before = weights.place;
+            ptx::Matrix a = next_weights(rest);
+#pragma unroll 1
+            for (int i = rest; i > 0; --i, a = a + T::kWeightBytes / 16) {
+              multiply(a, 1);
+              ptx::wgmma_wait<1>();
+              release(before);
+            }
+          }
         }
-        if (leads) ptx::barrier_arrive(&header.source_empty[source.index()]);
         source.next(t.source_stages);
       }
     }
+    promote();
     __syncwarp();
     store_results<T>(g, t, operands, job, header.rows[warp], staged, totals);
   }

@@ -223,7 +223,7 @@ __device__ __forceinline__ Scale choose_stage_scale(const float* thread_max, con
   const uint32_t largest = __reduce_max_sync(~0u, max(a, b));
   // Of the channels that are not all zeros: zeros are exact.
   const uint32_t smallest = __reduce_min_sync(~0u, min(a - 1, b - 1));
-  Scale scale = choose_scale(largest);
+  Scale scale = choose_scale<kScaleStep>(largest);
   scale.fits &=
       smallest == ~0u || smallest + 1 >= __float_as_uint(scale.magnitude * kHalfUnit * g.smallest);
   return scale;

@@ -10,27 +10,29 @@ namespace convops::cuda {
 namespace {
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 1.6;     // between steps
-constexpr double kPromoteCycles = 465;  // to add up sums in registers
-constexpr double kConvertCycles = 318;  // a pass of a group of converters
-constexpr double kCrowded = 1.27;     // times as long with the widest instruction: fewer registers
-constexpr double kCopyCycles = 1470;  // besides, where they copy cell by cell
-constexpr double kMixedCopyCycles = 2056;  // and several phases of the source mix
-constexpr double kMaxCycles = 61.3;        // of a vector that a thread looks at for the maximum
-constexpr double kStageCycles = 1607;      // of a stage, whatever its size
-constexpr double kLoadCycles = 1159;       // until a raw stage is there
-constexpr double kRowCycles = 933;         // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 1.6;      // times as long where they are staged one by one
-constexpr double kRunCycles = 85.8;        // of a run that is copied by itself
+constexpr double kStepCycles = 8.25;    // between steps
+constexpr double kPromoteCycles = 280;  // to add up sums in registers
+constexpr double kDrainCycles = 652;    // from a stage to the next
+constexpr double kConvertCycles = 213;  // a pass of a group of converters
+constexpr double kCrowded = 1.24;     // times as long with the widest instruction: fewer registers
+constexpr double kCopyCycles = 1520;  // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 2220;  // and several phases of the source mix
+constexpr double kMaxCycles = 73;          // of a vector that a thread looks at for the maximum
+constexpr double kStageCycles = 1450;      // of a stage, whatever its size
+constexpr double kLoadCycles = 1460;       // until a raw stage is there
+constexpr double kRowCycles = 862;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 1.83;     // times as long where they are staged one by one
+constexpr double kRunCycles = 64;          // of a run that is copied by itself
 constexpr double kApartCycles = 0.74;      // of a result that goes alone
-constexpr double kHalfCycles = 731;  // until half of the results has left, if both share memory
-constexpr double kJobCycles = 1600;
-constexpr double kOverlap = 0.262;  // of the shorter of two things at a time is not hidden
+constexpr double kHalfCycles = 923;  // until half of the results has left, if both share memory
+constexpr double kJobCycles = 640;
+constexpr double kOverlap = 0.293;  // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.98e9;
-constexpr double kBandwidthShare = 0.919;    // of the device's peak
-constexpr double kReadSeconds = 0.0497e-12;  // of a byte that blocks read, mostly from L2
-constexpr double kPackSeconds = 13.6e-12;    // of a packed weight
-constexpr double kLaunchSeconds = 23.6e-6;   // three kernels
+constexpr double kBandwidthShare = 1.11;    // of the device's peak: kOverlap takes more than that
+constexpr double kReadSeconds = 0.050e-12;  // of a byte that blocks read, mostly from L2
+constexpr double kPackSeconds = 11.1e-12;   // of a packed weight
+constexpr double kCutBytes = 104;           // more for a chunk in two tiles of 64 channels
+constexpr double kLaunchSeconds = 23e-6;    // three kernels
 
 }  // namespace
 
@@ -43,21 +45,27 @@ int64_t packed_steps(const GemmProblem& g, const GemmTile& t) {
 double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes) {
   const double steps = double(packed_steps(g, t));
   const double weights = steps * t.row_tile * kStepOctets * kOctet;
+  const auto& size = g.result.size;
+  // Contiguous results of a tile. Unless they are whole chunks of memory two tiles share one, which
+  // waits for its other half; the more channels the tiles have, the more of them wait.
+  const double piece = t.tiles_w > 1 ? t.step * g.w.block : double(size[3]) * t.height * g.h.block;
+  const double cuts = t.has_gaps() ? 0 : double(size[0] * size[1] * size[2] * size[3]) / piece;
+  const double memory =
+      (bytes + cuts * kCutBytes * t.row_tile / 64) / (device.bandwidth * kBandwidthShare);
+  const double waves = std::ceil(double(t.jobs) / device.processors);
   // Of the units of one tile of cells; resident weights are read by a block, not by each job.
   double cycles = 0;
   double read = t.resident_bytes > 0 ? 0 : steps * gemm_weight_bytes(g.products, t.row_tile);
   for (int r = 0; r < g.row_classes; ++r) {
-    double multiply = 0;  // of both warpgroups, who share the tensor cores
     double stages = 0;
     for (int s = 0; s < g.sum_classes; ++s) {
       const int block_steps = g.step_count(r, s);
-      if (block_steps == 0) continue;
-      stages += double(ceil_divide(g.sum_blocks, t.depth));
-      const int stage_steps = std::min(t.depth, g.sum_blocks) * block_steps;
-      const int promoted = g.products == 3 ? std::min(kPromotedSteps, stage_steps) : stage_steps;
-      multiply += g.sum_blocks * block_steps *
-                  (g.products * t.columns + kStepCycles + kPromoteCycles / promoted);
+      if (block_steps > 0) stages += double(ceil_divide(g.sum_blocks, t.depth));
     }
+    // Both warpgroups, who share the tensor cores.
+    const double sums = std::ceil(double(g.steps(r)) / promoted_steps(g.products));
+    const double multiply = g.steps(r) * (g.products * t.columns + kStepCycles) +
+                            sums * kPromoteCycles + stages * kDrainCycles;
     const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);
     const double copy = g.mixes_phases() ? kMixedCopyCycles : kCopyCycles;
     // The vectors that a thread looks at in each box, four at a time.
@@ -83,9 +91,7 @@ double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& devi
   }
   cycles *= g.groups;
   const double mean = cycles / t.units;
-  const double waves = std::ceil(double(t.jobs) / device.processors);
   const double compute = waves * mean / kClock;
-  const double memory = bytes / (device.bandwidth * kBandwidthShare);
   return std::max(compute, memory) + kOverlap * std::min(compute, memory) +
          read / t.units * t.jobs * kReadSeconds + weights * kPackSeconds + kLaunchSeconds;
 }

@@ -2,7 +2,6 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
-#include <array>
 #include <numeric>
 #include <stdexcept>
 
@@ -27,20 +26,21 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
 }
 
 // Sizes and strides (in floats, the innermost is 1) innermost dimension first.
-CUtensorMap make_map(const void* tensor, const std::array<int64_t, 4>& sizes,
-                     const std::array<int64_t, 3>& strides, const int (&box)[4]) {
-  cuuint64_t map_sizes[4], map_strides[3];
-  cuuint32_t map_box[4];
-  for (int i = 0; i < 4; ++i) {
+template <int kSides>
+CUtensorMap make_map(const void* tensor, const int64_t (&sizes)[kSides],
+                     const int64_t (&strides)[kSides - 1], const int (&box)[kSides]) {
+  cuuint64_t map_sizes[kSides], map_strides[kSides - 1];
+  cuuint32_t map_box[kSides], steps[kSides];
+  for (int i = 0; i < kSides; ++i) {
     map_sizes[i] = cuuint64_t(sizes[i]);
     map_box[i] = cuuint32_t(box[i]);
+    steps[i] = 1;
   }
-  for (int i = 0; i < 3; ++i) map_strides[i] = cuuint64_t(strides[i]) * sizeof(float);
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  for (int i = 0; i < kSides - 1; ++i) map_strides[i] = cuuint64_t(strides[i]) * sizeof(float);
   CUtensorMap map;
   const CUresult result = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, const_cast<void*>(tensor), map_sizes, map_strides,
-      map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, kSides, const_cast<void*>(tensor), map_sizes,
+      map_strides, map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("CUDA error " + std::to_string(int(result)) +
@@ -85,20 +85,23 @@ void make_source_maps(const GemmProblem& g, const GemmTile& t, const float* sour
 }
 
 // Every row of a kind in every channel of a kind, from where its first sector begins; of its end
-// only whole vectors of 16 bytes, because the copy engine does not write less.
+// only whole vectors of 16 bytes, because the copy engine does not write less. What a box has
+// between channels lies outside: then a map's row is the tile's, and where that begins, in sectors,
+// a dimension of its own.
 void make_result_maps(const GemmProblem& g, const GemmTile& t, float* result, CUtensorMap* maps) {
   const auto& [size, stride] = g.result;
   const int row_kinds = 1 << t.row_kinds_log, channel_kinds = 1 << g.channel_kinds_log;
-  const int box[4] = {t.box_width, 1, 8 >> t.woven_log, 1};
+  const int box[5] = {t.box_pitch, 8 >> t.woven_log, 1, 1, 1};
   for (int row = 0; row < row_kinds; ++row)
     for (int channel = 0; channel < channel_kinds; ++channel) {
       const int64_t first = row * stride[2] + channel * stride[1],
                     left_out = t.to_border(int(first));
-      maps[row * channel_kinds + channel] =
-          make_map(result + first + left_out,
-                   {(size[3] - left_out) / kVector * kVector, ceil_divide(size[2] - row, row_kinds),
-                    ceil_divide(size[1] - channel, channel_kinds), size[0]},
-                   {row_kinds * stride[2], channel_kinds * stride[1], stride[0]}, box);
+      maps[row * channel_kinds + channel] = make_map(
+          result + first + left_out,
+          {t.has_gaps() ? t.box_width : (size[3] - left_out) / kVector * kVector,
+           ceil_divide(size[1] - channel, channel_kinds), t.has_gaps() ? size[3] / kSector : 1,
+           ceil_divide(size[2] - row, row_kinds), size[0]},
+          {channel_kinds * stride[1], kSector, row_kinds * stride[2], stride[0]}, box);
     }
 }
 

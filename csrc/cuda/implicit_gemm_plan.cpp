@@ -215,12 +215,12 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
 }
 
 // As many stages as fit: first those in which both halves of the results leave at a time, then raw
-// ones for the memory's latency, then a third source stage, so that the consumers have one while
-// both groups of converters fill theirs; false if the fewest do not.
+// ones for the memory's latency and weights' for that of L2, then a third source stage, so that the
+// consumers have one while both groups of converters fill theirs; false if the fewest do not.
 bool choose_stages(GemmTile& t) {
   t.source_stages = 2;
   t.raw_stages = kConverterGroups;
-  t.weight_stages = t.resident_bytes > 0 ? 1 : 4;
+  t.weight_stages = t.resident_bytes > 0 ? 1 : t.weight_stage_bytes > 8192 ? 3 : 4;
   t.staged_halves = 1;
   const auto fits = [&] { return GemmSharedMemory(t).bytes <= kMaxSharedMemory; };
   if (!fits()) t.weight_stages = 3;
@@ -235,6 +235,7 @@ bool choose_stages(GemmTile& t) {
   };
   grow(t.staged_halves, 2);
   if (t.bulk) grow(t.raw_stages, 3);
+  if (t.resident_bytes == 0) grow(t.weight_stages, kMaxWeightStages - 1);
   grow(t.source_stages, kMaxSourceStages);
   if (t.bulk) grow(t.raw_stages, kMaxRawStages);
   if (t.resident_bytes == 0) grow(t.weight_stages, kMaxWeightStages);
@@ -266,7 +267,7 @@ bool boxes_pay(const GemmProblem& g, const GemmTile& t) {
   return t.neighbours && whole && kinds <= kMaxKinds &&
          kinds_log(stride[1]) == g.channel_kinds_log && stride[0] % kSector == 0 && stride[0] > 0 &&
          stride[1] > 0 && stride[2] > 0 && (kinds == 1 || size[3] >= kShortRow) &&
-         size[2] >= row_kinds && size[1] >= channel_kinds && t.box_width <= kLargestBox;
+         size[2] >= row_kinds && size[1] >= channel_kinds && t.box_pitch <= kLargestBox;
 }
 
 // Bytes of the weights that a block of the kernel needs, where it is always on the same rows of
@@ -282,6 +283,9 @@ int resident_bytes(const GemmProblem& g, const GemmTile& t, int processors) {
   return bytes < kMaxSharedMemory ? int(bytes) : 0;
 }
 
+// Of all lists.
+int step_count(const GemmProblem& g) { return g.step_begin[g.row_classes - 1][g.sum_classes]; }
+
 // What there is to choose for a tile: into how many parts a row of cells is cut, how deep a stage
 // is and whether tiles cross images.
 struct TileChoice {
@@ -293,13 +297,21 @@ struct TileChoice {
 bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTile& t) {
   const auto [row_tile, columns, parts, depth, straddles] = choice;
   t.depth = depth;
+  // Where stages end in the middle of a sum; elsewhere the second warpgroup would only have more of
+  // them.
+  const int sum_steps = promoted_steps(g.products);
+  t.staggered = depth * g.step_count(0, 0) % sum_steps == sum_steps / 2;
   t.row_tile = row_tile;
+  t.weight_stage_bytes = gemm_weight_stage_bytes(g.products, row_tile);
   t.columns = columns;
   describe_results(g, t);
   const auto& stride = g.result.stride;
   const int block = g.w.block;
   t.step = t.width = int(ceil_divide(g.cells_w, parts));
-  if (parts > 1 && t.neighbours) {
+  // Rows of whole chunks of memory may be cut between them.
+  const bool chunks = t.neighbours && t.overlap == 0 && (t.step << t.woven_log) % kChunk == 0 &&
+                      g.result.size[3] == int64_t{t.step} * parts * block;
+  if (parts > 1 && t.neighbours && !chunks) {
     const int sector = kSector >> t.woven_log;
     // An odd number of sectors: channels lie in different banks of shared memory then.
     t.step = int(ceil_divide(t.step, sector) | 1) * sector;
@@ -330,7 +342,8 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
   if (!bulk || !copy_in_bulk(g, t)) copy_by_cells(g, t);
   t.box_width = int(round_up(t.step << t.woven_log, kSector));
-  t.box_floats = int(round_up(t.box_width * (8 >> t.woven_log), kBoxAlignment));
+  t.box_pitch = t.box_width + (chunks ? kSector : 0);
+  t.box_floats = int(round_up(t.box_pitch * (8 >> t.woven_log), kBoxAlignment));
   t.boxed = boxes_pay(g, t);
   t.has_edges = t.overlap > 0 || g.result.size[3] % kVector != 0;
   // Rows that follow each other leave at once, but where another image begins.
@@ -354,11 +367,12 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
   t.line_floats = int(round_up(t.line_floats, kBoxAlignment));
   t.staged_floats = t.boxed ? t.height * t.box_floats : t.line_floats;
   // A descriptor has 14 bits for the cells between octets; between taps there are fewer.
-  return t.plane < (1 << 14);
+  return t.plane < (1 << 14) && t.depth * step_count(g) <= kMaxTaps;
 }
 
-// Into how many parts a row of cells may be cut: the fewest that fit, and more.
-std::vector<int> row_parts(int cells_w, int columns) {
+// Into how many parts a row of cells may be cut: the fewest that fit, and more; and what makes
+// them whole chunks of memory, `chunk` cells.
+std::vector<int> row_parts(int cells_w, int columns, int chunk) {
   constexpr int kMostRows = 10, kTries = 24;  // of a tile; between one row and two
   std::vector<int> result;
   const int64_t fewest = ceil_divide(cells_w, columns);
@@ -368,19 +382,26 @@ std::vector<int> row_parts(int cells_w, int columns) {
         !result.empty() && ceil_divide(cells_w, parts) == ceil_divide(cells_w, result.back());
     if (!same) result.push_back(int(parts));
   }
+  for (int cells = chunk; cells <= columns; cells += chunk)
+    if (cells_w % cells == 0) result.push_back(cells_w / cells);
   return result;
 }
 
 // Where steps find their octets in a stage.
 void place_steps(GemmProblem& g, const GemmTile& t) {
-  const int step_taps = g.step_taps(), steps = g.step_begin[g.row_classes - 1][g.sum_classes];
+  const int step_taps = g.step_taps(), block_cells = t.part * (g.products == 3 ? 2 : 1);
   const auto cells = [&](const GemmTap& tap) { return tap.h * t.pitch + tap.w; };
-  for (int i = 0; i < steps; ++i) {
-    const GemmTap &first = g.taps[i * step_taps], &last = g.taps[(i + 1) * step_taps - 1];
-    // Taps are in the order of their cells; of no tap the weights are zeros, whatever is there.
-    const int apart = step_taps == 1 ? t.plane : std::max(0, cells(last) - cells(first));
-    g.step_cells[i] = uint32_t(cells(first) | apart << 16);
-  }
+  uint32_t* place = g.step_cells;
+  for (int r = 0; r < g.row_classes; ++r)
+    for (int s = 0; s < g.sum_classes; ++s)
+      for (int block = 0; block < t.depth; ++block)
+        for (int i = g.step_begin[r][s]; i < g.step_begin[r][s + 1]; ++i) {
+          const GemmTap &first = g.taps[i * step_taps], &last = g.taps[(i + 1) * step_taps - 1];
+          // Taps are in the order of their cells; of no tap the weights are zeros, whatever is
+          // there.
+          const int apart = step_taps == 1 ? t.plane : std::max(0, cells(last) - cells(first));
+          *place++ = uint32_t(block * block_cells + cells(first) | apart << 16);
+        }
 }
 
 GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
@@ -406,7 +427,7 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
   for (const int row_tile : {64, 128}) {
     if (row_tile == 128 && g.class_rows <= 64) continue;
     for (const int columns : kGemmColumns)
-      for (const int parts : row_parts(g.cells_w, columns))
+      for (const int parts : row_parts(g.cells_w, columns, kChunk / g.w.block))
         for (int depth = 1; depth <= most; depth *= 2)
           for (const bool straddles : {false, true}) {
             const TileChoice choice{row_tile, columns, parts, depth, straddles};

@@ -146,7 +146,7 @@ __device__ __forceinline__ void stage_boxes(const GemmProblem& g, const GemmTile
                                             const LaneRow& lane, const ResultRows& rows,
                                             const RowPlace& place, int half, float* staged,
                                             const float (&totals)[T::kColumns / 2]) {
-  float* box = staged + lane.line * t.box_width;
+  float* box = staged + lane.line * t.box_pitch;
 #pragma unroll 1
   for (int r = 0; r < t.height; ++r, box += t.box_floats)
     stage_row<T, kPaired>(box, (r * t.pitch << t.woven_log) + rows.find(t, r).shift(g, t, place),
@@ -190,8 +190,9 @@ __device__ __forceinline__ void copy_boxes(const GemmProblem& g, const GemmTile&
     const ResultRow row = rows.find(t, r);
     const int h = row.h(g, place), row_kind = h & ((1 << t.row_kinds_log) - 1);
     const int channel_kind = place.channel & ((1 << g.channel_kinds_log) - 1);
-    const int32_t at[4] = {job.column * g.w.block, h >> t.row_kinds_log,
-                           place.channel >> g.channel_kinds_log, row.image};
+    const int column = job.column * g.w.block;
+    const int32_t at[5] = {t.has_gaps() ? 0 : column, place.channel >> g.channel_kinds_log,
+                           t.has_gaps() ? column / kSector : 0, h >> t.row_kinds_log, row.image};
     if (row.exists(g, place) && threadIdx.x % kWarp == 0)
       ptx::store_box(&maps[(row_kind << g.channel_kinds_log) + channel_kind], at,
                      staged + r * t.box_floats);

@@ -18,7 +18,7 @@
 // What makes it accurate: x = high + low in fp16, 22 bits; high·high + high·low + low·high are
 // three products (ieee), high·high alone has TF32's 11 bits (tf32). fp16's range is met by a power
 // of two for each source stage, from its largest element, and one for each row of the weight. The
-// tensor core adds with 25 bits and cuts the rest off, so after at most kPromotedSteps steps its
+// tensor core adds with 25 bits and cuts the rest off, so after at most promoted_steps steps its
 // sums are added to float32 registers, where the stage's scale comes out again. Data that one scale
 // does not fit (and NaN and Inf) mark the job; implicit_gemm_exact_sm90.cu computes it again.
 #include <cuda_runtime.h>
@@ -56,8 +56,8 @@ __device__ __forceinline__ void run_streamer(const GemmProblem& g, const GemmTil
         for (; steps > 0; steps -= T::kSteps) {
           const int bytes = min(steps, T::kSteps) * T::kWeightBytes;
           ptx::barrier_wait(&header.weights_empty[stage.index()], stage.parity() ^ 1);
-          ptx::copy_bulk(shared + memory.weights + stage.index() * kWeightStageBytes, packed, bytes,
-                         &header.weights_full[stage.index()]);
+          ptx::copy_bulk(shared + memory.weights + stage.index() * T::kWeightStageBytes, packed,
+                         bytes, &header.weights_full[stage.index()]);
           packed += bytes;
           stage.next(t.weight_stages);
         }

@@ -14,6 +14,10 @@ constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
 constexpr int kThreads = kConsumerThreads + 2 * kWarp + kConverterGroups * kConverterThreads;
 static_assert(kThreads == 512);
 
+// Scales of stages are as many powers of two apart: most stages have the last one's, and sums need
+// not be promoted in between.
+constexpr int kScaleStep = 4;
+
 // What 1 stands for where the largest magnitude is 1 to 2; and 1 of the sums of two such operands,
 // which are kept as if the row's largest weight were 1 to 2.
 constexpr float kHalfUnit = 0x1p-14f, kSumUnit = 0x1p-28f;
@@ -29,9 +33,12 @@ struct Traits {
   // Odd multiples of 8: no bank conflicts.
   static constexpr int kStagePitch = gemm_stage_pitch(kColumns);
   // Of a stage: what is done once a stage counts for less where steps are short.
+  static constexpr int kWeightStageBytes = gemm_weight_stage_bytes(kProducts, kRowTile);
   static constexpr int kSteps = kWeightStageBytes / kWeightBytes;
-  static_assert(kProducts != 3 || kPromotedSteps % kSteps == 0,
-                "stages end where sums are promoted");
+  // Of a sum, and of the second warpgroup's first if they promote by turns.
+  static constexpr int kSumSteps = promoted_steps(kProducts);
+  static constexpr int kFirstSteps = (kSumSteps / 2 + kSteps - 1) / kSteps * kSteps;
+  static_assert(kSumSteps % kSteps == 0, "stages of weights end where sums are promoted");
   // Two accumulators and addresses for 256 threads, what is left for the other 256.
   static constexpr int kConsumerRegisters = kColumns > kRoomyColumns ? 208 : 200;
   static constexpr int kProducerRegisters = 256 - kConsumerRegisters;

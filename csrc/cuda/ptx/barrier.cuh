@@ -10,6 +10,9 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
   while (!::cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
   }
 }
+__device__ __forceinline__ bool barrier_passed(uint64_t* barrier, uint32_t parity) {
+  return ::cuda::ptx::mbarrier_test_wait_parity(barrier, parity);
+}
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   ::cuda::ptx::mbarrier_arrive(barrier);
 }

@@ -51,7 +51,7 @@ __device__ __forceinline__ void store_bulk(void* destination, const void* source
   ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_global, ::cuda::ptx::space_shared, destination,
                              source, bytes);
 }
-__device__ __forceinline__ void store_box(const CUtensorMap* map, const int32_t (&place)[4],
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const int32_t (&place)[5],
                                           const void* source) {
   ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_global, ::cuda::ptx::space_shared, map,
                                     place, source);
