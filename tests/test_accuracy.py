@@ -381,6 +381,29 @@ def test_frobenius_error_of_normal_data(
         assert error <= most
 
 
+@pytest.mark.parametrize("precision", PRECISIONS["cuda"])
+@each_direction
+def test_every_element_of_a_long_run(direction: str, precision: str, device: str) -> None:
+    """Hundreds of tiles for each multiprocessor: warps that hand on data must not overtake it."""
+    if device == "cpu":
+        pytest.skip("the CPU has no such hands")
+    problem = Problem("long", 6, 64, 1024, 1024, 128, (1, 1))
+    size = problem.input_size if direction == "forward" else problem.output_size
+    x = torch.randn(size, device=device)
+    w = torch.randn(problem.weight_size, device=device)
+    algorithm = {"precision": precision, "algorithm": "implicit_gemm"}
+    result = run_or_skip(problem, direction, x, w, None, x, **algorithm)
+    matrix = w[:, :, 0, 0].double()
+    if direction == "backward_input":
+        matrix = matrix.T
+    roundoff = IEEE_ROUNDOFF if precision == "ieee" else reference.TF32_ROUNDOFF
+    for image, actual in zip(x.flatten(2), result.flatten(2), strict=True):
+        expected, magnitude = matrix @ image.double(), matrix.abs() @ image.double().abs()
+        allowed = 2 * FMA_LOOP * math.sqrt(matrix.shape[1]) * roundoff * magnitude
+        wrong = (actual - expected).abs() > allowed
+        assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} elements are wrong"
+
+
 def fma_loop(problem: Problem, direction: str, x: Tensor, w: Tensor) -> Tensor:
     """The convolution by one fp32 fused multiply-add after another: channels, then taps."""
     forward, groups = direction == "forward", problem.groups
