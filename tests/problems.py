@@ -168,6 +168,7 @@ ODD = [
     Problem("same_even_kernel", 2, 3, 10, 9, 4, (4, 2), padding="same", dilation=(1, 3)),
     Problem("same_odd_kernel", 2, 4, 8, 8, 4, (3, 5), padding="same", groups=2, bias=True),
     Problem("stride_past_kernel", 2, 3, 20, 19, 5, (2, 2), (5, 4), bias=True),
+    Problem("stride_past_chunk", 2, 8, 9, 150, 20, (3, 3), (2, 70), (1, 1)),
     Problem("padding_past_kernel", 1, 2, 5, 6, 3, (2, 2), padding=(4, 5), bias=True),
     Problem("wide_dilation", 1, 3, 25, 25, 4, (3, 3), padding=(9, 10), dilation=(10, 11)),
     Problem("far_taps", 1, 24, 40, 48, 40, (3, 3), padding=(12, 12), dilation=(12, 12)),

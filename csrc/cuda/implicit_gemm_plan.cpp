@@ -371,10 +371,11 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
 }
 
 // Into how many parts a row of cells may be cut: the fewest that fit, and more; and what makes
-// them whole chunks of memory, `chunk` cells.
-std::vector<int> row_parts(int cells_w, int columns, int chunk) {
+// them whole chunks of memory.
+std::vector<int> row_parts(const GemmProblem& g, int columns) {
   constexpr int kMostRows = 10, kTries = 24;  // of a tile; between one row and two
   std::vector<int> result;
+  const int cells_w = g.cells_w;
   const int64_t fewest = ceil_divide(cells_w, columns);
   const int64_t most = std::min<int64_t>(cells_w, kMostRows * (fewest + 1));
   for (int64_t parts = fewest; parts <= most; parts += std::max<int64_t>(1, fewest / kTries)) {
@@ -382,8 +383,11 @@ std::vector<int> row_parts(int cells_w, int columns, int chunk) {
         !result.empty() && ceil_divide(cells_w, parts) == ceil_divide(cells_w, result.back());
     if (!same) result.push_back(int(parts));
   }
+  if (!are_neighbours(g)) return result;  // chunks may have no whole cells
+  const int chunk = kChunk / g.w.block;
   for (int cells = chunk; cells <= columns; cells += chunk)
-    if (cells_w % cells == 0) result.push_back(cells_w / cells);
+    if (cells_w % cells == 0 && std::ranges::find(result, cells_w / cells) == result.end())
+      result.push_back(cells_w / cells);
   return result;
 }
 
@@ -427,7 +431,7 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
   for (const int row_tile : {64, 128}) {
     if (row_tile == 128 && g.class_rows <= 64) continue;
     for (const int columns : kGemmColumns)
-      for (const int parts : row_parts(g.cells_w, columns, kChunk / g.w.block))
+      for (const int parts : row_parts(g, columns))
         for (int depth = 1; depth <= most; depth *= 2)
           for (const bool straddles : {false, true}) {
             const TileChoice choice{row_tile, columns, parts, depth, straddles};
