@@ -387,12 +387,13 @@ def test_every_element_of_a_long_run(direction: str, precision: str, device: str
     """Hundreds of tiles for each multiprocessor: warps that hand on data must not overtake it."""
     if device == "cpu":
         pytest.skip("the CPU has no such hands")
+    torch.manual_seed(0)
     problem = Problem("long", 6, 64, 1024, 1024, 128, (1, 1))
     size = problem.input_size if direction == "forward" else problem.output_size
     x = torch.randn(size, device=device)
     w = torch.randn(problem.weight_size, device=device)
-    algorithm = {"precision": precision, "algorithm": "implicit_gemm"}
-    result = run_or_skip(problem, direction, x, w, None, x, **algorithm)
+    options = {"precision": precision, "algorithm": "implicit_gemm"}
+    result = run_or_skip(problem, direction, x, w, None, x, **options)
     matrix = w[:, :, 0, 0].double()
     if direction == "backward_input":
         matrix = matrix.T

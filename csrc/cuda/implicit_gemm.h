@@ -45,8 +45,8 @@ inline constexpr int kConsumers = 2;  // warpgroups that multiply
 inline constexpr int kConverterGroups = 2, kConverterWarps = 3;
 inline constexpr int kConverterThreads = kConverterWarps * 32;  // of a group
 inline constexpr int kMaxSharedMemory = 227 * 1024;             // a block of sm_90
-inline constexpr int kSector = 8;                               // floats that memory writes at once
-inline constexpr int kChunk = 64;                               // or does better to
+inline constexpr int kSector = 8;          // floats that memory writes at once,
+inline constexpr int kChunk = 64;          // and that one tile should write
 inline constexpr int kVector = 4;          // floats the copy engine's places are whole in
 inline constexpr int kMaxSourceKinds = 4;  // of rows of the source
 inline constexpr int kMaxKinds = 8;        // of rows times channels of the result
@@ -277,13 +277,16 @@ CONVOPS_HOST_DEVICE inline GemmJob gemm_job(const GemmProblem& g, const GemmTile
 }
 
 // Of a step.
-CONVOPS_HOST_DEVICE inline int gemm_weight_bytes(int products, int row_tile) {
+CONVOPS_HOST_DEVICE constexpr int gemm_weight_bytes(int products, int row_tile) {
   return row_tile * kStepOctets * kOctet * 2 * (products == 3 ? 2 : 1);
 }
 
-// Of a stage of weights: two steps, or four where they are small.
+// Of a stage of weights: two steps, or four where they are small, because a copy of less is not
+// worth its barriers.
+inline constexpr int kLeastWeightStage = 8192;
 CONVOPS_HOST_DEVICE constexpr int gemm_weight_stage_bytes(int products, int row_tile) {
-  return products == 3 && row_tile == 128 ? 16384 : 8192;
+  const int two = 2 * gemm_weight_bytes(products, row_tile);
+  return two > kLeastWeightStage ? two : kLeastWeightStage;
 }
 
 // Where the weights of a job begin, counted in steps; they lie in the order of units.

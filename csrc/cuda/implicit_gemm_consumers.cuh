@@ -101,10 +101,9 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
         // Read by the lane that says later that the stage is free.
         const float stage_unit =
             __shfl_sync(~0u, leads ? header.source_unit[source.index()] : 0.0f, 0);
-        const int steps = min(t.depth, g.sum_blocks - block) * (end - begin);
         const ptx::Matrix b = b0 + source.index() * t.stage_cells;
         int at = begin * t.depth;  // in the list of steps
-        for (int left = steps; left > 0;) {
+        for (int left = min(t.depth, g.sum_blocks - block) * (end - begin); left > 0;) {
           // A sum goes on in the next stage, but for another unit; it ends where weights' stages
           // do.
           if (held + min(left, T::kSteps) > most || stage_unit != sums_unit) {

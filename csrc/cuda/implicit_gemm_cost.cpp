@@ -63,7 +63,7 @@ double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& devi
       if (block_steps > 0) stages += double(ceil_divide(g.sum_blocks, t.depth));
     }
     // Both warpgroups, who share the tensor cores.
-    const double sums = std::ceil(double(g.steps(r)) / promoted_steps(g.products));
+    const double sums = double(ceil_divide(g.steps(r), promoted_steps(g.products)));
     const double multiply = g.steps(r) * (g.products * t.columns + kStepCycles) +
                             sums * kPromoteCycles + stages * kDrainCycles;
     const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);

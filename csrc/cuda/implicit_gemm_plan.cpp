@@ -220,7 +220,7 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
 bool choose_stages(GemmTile& t) {
   t.source_stages = 2;
   t.raw_stages = kConverterGroups;
-  t.weight_stages = t.resident_bytes > 0 ? 1 : t.weight_stage_bytes > 8192 ? 3 : 4;
+  t.weight_stages = t.resident_bytes > 0 ? 1 : t.weight_stage_bytes > kLeastWeightStage ? 3 : 4;
   t.staged_halves = 1;
   const auto fits = [&] { return GemmSharedMemory(t).bytes <= kMaxSharedMemory; };
   if (!fits()) t.weight_stages = 3;
@@ -393,7 +393,7 @@ std::vector<int> row_parts(const GemmProblem& g, int columns) {
 
 // Where steps find their octets in a stage.
 void place_steps(GemmProblem& g, const GemmTile& t) {
-  const int step_taps = g.step_taps(), block_cells = t.part * (g.products == 3 ? 2 : 1);
+  const int step_taps = g.step_taps(), block_cells = t.stage_cells / t.depth;
   const auto cells = [&](const GemmTap& tap) { return tap.h * t.pitch + tap.w; };
   uint32_t* place = g.step_cells;
   for (int r = 0; r < g.row_classes; ++r)

@@ -10,13 +10,13 @@ constexpr int kLargestExponent = 14;
 
 struct Scale {
   float factor;     // what numbers are multiplied with
-  float magnitude;  // the power of two just under the largest, or kStep - 1 times as large
+  float magnitude;  // the power of two just under the largest, or one of the next kStep - 1
   bool fits;
 };
 
 // From the bits of the largest magnitude; those of NaN and Inf are larger than any number's.
 // Exponents are rounded up to the last of kStep (a power of two), so that what is of a similar size
-// has the same scale; the largest is scaled to less then, to 2^(15 - kStep) at least.
+// has the same scale; the largest is then scaled to less, to 2^(15 - kStep) at least.
 template <int kStep = 1>
 __device__ __forceinline__ Scale choose_scale(uint32_t largest) {
   if (largest == 0) return {1, 1, true};
