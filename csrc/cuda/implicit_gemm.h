@@ -32,8 +32,9 @@ inline constexpr int kMaxStageSums = 64;  // channels of the sum in a stage
 
 // Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each.
 inline constexpr int kGemmColumns[] = {96, 128, 152, 160};
-// With more of them the consumers need registers that the converters then have not.
-inline constexpr int kRoomyColumns = 152;
+// What the consumers need no registers for is the converters': up to kFewColumns there are more of
+// them, above kRoomyColumns each has fewer registers.
+inline constexpr int kFewColumns = 128, kRoomyColumns = 152;
 
 // After so many steps sums are promoted at the latest: 18 truncated additions of three products a
 // step (docs/implicit_gemm.md), or as many of one as hardly count beside TF32's rounding.
@@ -42,14 +43,17 @@ constexpr int promoted_steps(int products) { return products == 3 ? 6 : 128; }
 inline constexpr int kConsumers = 2;  // warpgroups that multiply
 // Converters are in groups, which take stages by turns: what one waits for, the other does not.
 // There is one warp each that streams weights and loads sources.
-inline constexpr int kConverterGroups = 2, kConverterWarps = 3;
-inline constexpr int kConverterThreads = kConverterWarps * 32;  // of a group
-inline constexpr int kMaxSharedMemory = 227 * 1024;             // a block of sm_90
-inline constexpr int kSector = 8;          // floats that memory writes at once,
-inline constexpr int kChunk = 64;          // and that one tile should write
-inline constexpr int kVector = 4;          // floats the copy engine's places are whole in
-inline constexpr int kMaxSourceKinds = 4;  // of rows of the source
-inline constexpr int kMaxKinds = 8;        // of rows times channels of the result
+inline constexpr int kConverterGroups = 2;
+inline constexpr int kMostConverterThreads = 5 * 32;  // of a group
+constexpr int gemm_converter_threads(int columns) {
+  return columns > kFewColumns ? 3 * 32 : kMostConverterThreads;
+}
+inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
+inline constexpr int kSector = 8;                    // floats that memory writes at once,
+inline constexpr int kChunk = 64;                    // and that one tile should write
+inline constexpr int kVector = 4;                    // floats the copy engine's places are whole in
+inline constexpr int kMaxSourceKinds = 4;            // of rows of the source
+inline constexpr int kMaxKinds = 8;                  // of rows times channels of the result
 inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages = 7;
 
 // Floats between staged rows: an odd multiple of 8, against bank conflicts.
@@ -304,7 +308,7 @@ CONVOPS_HOST_DEVICE inline int64_t gemm_weight_step(const GemmProblem& g, const 
 struct GemmSharedMemory {
   int weights, raw, sources, staged, bytes;
 
-  static constexpr int kHeader = 6016;  // barriers and notes: every byte is one less for tiles
+  static constexpr int kHeader = 7040;  // barriers and notes: every byte is one less for tiles
 
   CONVOPS_HOST_DEVICE explicit GemmSharedMemory(const GemmTile& t) {
     weights = kHeader;

@@ -41,13 +41,15 @@ struct Cursor {
 
 // Of the group. Read anew wherever it is used: what the compiler derives from it ahead of the loop
 // would be more than the converters' registers hold.
+template <typename T>
 __device__ __forceinline__ int converter_thread(int group) {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread - (kThreads - (kConverterGroups - group) * kConverterThreads);
+  return thread - (kFirstConverter + group * T::kConverterThreads);
 }
+template <typename T>
 __device__ __forceinline__ void sync_group(int group) {
-  ptx::sync_threads<kConverterThreads>(1 + group);
+  ptx::sync_threads<T::kConverterThreads>(1 + group);
 }
 
 // Where the tile of a job lies in the source.
@@ -104,26 +106,27 @@ __device__ __forceinline__ void note_sum_offsets(const GemmProblem& g, const Gem
 }
 
 // Copies the cells one by one into raw[channel][cell], wherever they come from.
+template <typename T>
 __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile& t,
                                             const SourceTile& tile, int sum_class, int block,
                                             const float* source, SumPlace* sum_places, uint32_t raw,
                                             int group) {
-  const int thread = converter_thread(group);
+  const int thread = converter_thread<T>(group);
   const bool mixed = g.mixes_phases();
   const int height = int(g.source.size[2]), width = int(g.source.size[3]);
   const int64_t channel_stride = g.source.stride[1];
   const GemmSum first = gemm_sum(g, sum_class, block * g.block_sums);
   if (mixed) {
-    sync_group(group);  // all are done with the last stage's places
+    sync_group<T>(group);  // all are done with the last stage's places
     if (thread < t.depth * g.block_sums) {
       const GemmSum sum = gemm_sum(g, sum_class, block * g.block_sums + thread);
       sum_places[thread] = {sum.channel * channel_stride + sum.phase_h * g.source.stride[2] +
                                 sum.phase_w * g.source.stride[3],
                             sum.channel < g.sums ? sum.phase_h : 1 << 30, sum.phase_w};
     }
-    sync_group(group);
+    sync_group<T>(group);
   }
-  for (int i = thread; i < t.depth * t.raw_cells; i += kConverterThreads) {
+  for (int i = thread; i < t.depth * t.raw_cells; i += T::kConverterThreads) {
     int cell = i, part = 0;
     for (; cell >= t.raw_cells; cell -= t.raw_cells) ++part;
     const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
@@ -204,13 +207,14 @@ __device__ __forceinline__ void find_max(float* thread_max, const GemmTile& t, c
 }
 
 // From what find_max left.
+template <typename T>
 __device__ __forceinline__ Scale choose_stage_scale(const float* thread_max, const GemmProblem& g,
                                                     const GemmTile& t) {
   const int lane = threadIdx.x % kWarp, groups = t.max_groups;
   // Every second is of the same group, whatever their number.
   float even = 0, odd = 0;
 #pragma unroll
-  for (int i = 0; i < kConverterWarps; ++i) {
+  for (int i = 0; i < T::kConverterWarps; ++i) {
     float& largest = i % 2 == 0 ? even : odd;
     largest = ptx::max_nan(largest, thread_max[i * kWarp + lane]);
   }
@@ -262,7 +266,7 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
                                                const int* offsets, uint4* stage, float factor,
                                                uint8_t* bad_jobs, int thread) {
 #pragma unroll 1
-  for (int i = thread; i < t.depth * t.source_cells; i += kConverterThreads) {
+  for (int i = thread; i < t.depth * t.source_cells; i += T::kConverterThreads) {
     int cell = i, block = 0;
     for (; cell >= t.source_cells; cell -= t.source_cells) ++block;
     const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
@@ -333,18 +337,18 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
                                                const GemmSharedMemory& memory, int group) {
   Header& header = *reinterpret_cast<Header*>(shared);
   if (t.patches) {
-    if (group == 0) note_sum_offsets(g, t, header.sum_offsets, converter_thread(group));
-    ptx::sync_threads<kConverterGroups * kConverterThreads>(1 + kConverterGroups);
+    if (group == 0) note_sum_offsets(g, t, header.sum_offsets, converter_thread<T>(group));
+    ptx::sync_threads<kConverterGroups * T::kConverterThreads>(1 + kConverterGroups);
   }
   Cursor at(g, t);
   Stage stage, raw_stage;
   const auto cells = [&] { return shared + memory.raw + raw_stage.index() * t.raw_bytes; };
   const auto load = [&] {
     if (t.bulk || at.done(t)) return;
-    if (converter_thread(group) == 0) header.raw[group] = {at.index};
+    if (converter_thread<T>(group) == 0) header.raw[group] = {at.index};
     // The tile's place is made anew for every stage: there are no registers to keep it.
-    load_source(g, t, SourceTile(g, t, at.index), at.sum_class, at.block, operands.source,
-                header.sum_places[group], uint32_t(__cvta_generic_to_shared(cells())), group);
+    load_source<T>(g, t, SourceTile(g, t, at.index), at.sum_class, at.block, operands.source,
+                   header.sum_places[group], uint32_t(__cvta_generic_to_shared(cells())), group);
     ptx::copy_commit();
   };
   const auto skip = [&](int stages) {
@@ -364,24 +368,24 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
       ptx::barrier_wait(&header.raw_full[raw_stage.index()], raw_stage.parity());
     } else {
       ptx::copy_wait<0>();
-      sync_group(group);
+      sync_group<T>(group);
     }
     float* const thread_max = header.thread_max[group][turn];
-    find_max(thread_max, t, reinterpret_cast<const float*>(cells()), converter_thread(group));
-    sync_group(group);
-    const Scale scale = choose_stage_scale(thread_max, g, t);
+    find_max(thread_max, t, reinterpret_cast<const float*>(cells()), converter_thread<T>(group));
+    sync_group<T>(group);
+    const Scale scale = choose_stage_scale<T>(thread_max, g, t);
 
     ptx::barrier_wait(&header.source_empty[stage.index()], stage.parity() ^ 1);
     uint4* const converted =
         reinterpret_cast<uint4*>(shared + memory.sources) + stage.index() * t.stage_cells;
-    if (converter_thread(group) == 0)
+    if (converter_thread<T>(group) == 0)
       header.source_unit[stage.index()] = scale.magnitude * kSumUnit;
     const RawNote& note = header.raw[raw_stage.index()];
     if (!scale.fits) operands.bad_jobs[note.job] = 1;
     const auto convert_octets = [&]<int kOctets, int kRun>() {
       convert_source<T, kOctets, kRun>(g, t, reinterpret_cast<const float*>(cells()), note,
                                        header.sum_offsets, converted, scale.factor,
-                                       operands.bad_jobs, converter_thread(group));
+                                       operands.bad_jobs, converter_thread<T>(group));
     };
     const auto convert = [&]<int kRun>() {
       if (g.octets == 1)
@@ -402,7 +406,7 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
     if (t.bulk)
       ptx::barrier_arrive(&header.raw_empty[raw_stage.index()]);
     else
-      sync_group(group);  // all are done with the cells
+      sync_group<T>(group);  // all are done with the cells
     skip(kConverterGroups);
     load();
   }

@@ -66,10 +66,11 @@ double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& devi
     const double sums = double(ceil_divide(g.steps(r), promoted_steps(g.products)));
     const double multiply = g.steps(r) * (g.products * t.columns + kStepCycles) +
                             sums * kPromoteCycles + stages * kDrainCycles;
-    const double passes = std::ceil(double(t.depth) * t.source_cells / kConverterThreads);
+    const double passes =
+        std::ceil(double(t.depth) * t.source_cells / gemm_converter_threads(t.columns));
     const double copy = g.mixes_phases() ? kMixedCopyCycles : kCopyCycles;
     // The vectors that a thread looks at in each box, four at a time.
-    const int lanes = kConverterThreads / t.max_groups << t.max_pieces_log;
+    const int lanes = gemm_converter_threads(t.columns) / t.max_groups << t.max_pieces_log;
     const double vectors = double(round_up(ceil_divide(t.raw_cells, kVector * lanes), 4));
     const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles;
     const double pass =

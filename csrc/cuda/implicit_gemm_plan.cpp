@@ -189,7 +189,7 @@ void set_raw_channels(GemmTile& t, int channels) {
   t.raw_channels = channels;
   t.max_groups = std::max(kGroups, channels);
   t.max_pieces_log = std::countr_zero(unsigned(t.max_groups / channels));
-  t.by_max_lanes = Divisor(kConverterThreads / t.max_groups);
+  t.by_max_lanes = Divisor(gemm_converter_threads(t.columns) / t.max_groups);
 }
 
 // The source as boxes; false where the copy engine cannot have them.

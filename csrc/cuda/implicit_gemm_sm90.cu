@@ -1,10 +1,10 @@
 // The main kernel of implicit_gemm: dense convolution of float32 tensors on Hopper's tensor cores.
 //
-// A persistent block of 16 warps walks over jobs (a block of rows on a tile of cells, see
+// A persistent block of 16 or 20 warps walks over jobs (a block of rows on a tile of cells, see
 // implicit_gemm.h); its warps pass data on through rings of stages in shared memory:
 //
 //   loader      1 warp   source → raw ring (bulk copies)
-//   converters  6 warps  two groups that take stages by turns: raw ring (or, by cp.async, source) →
+//   converters  6 or 10  two groups that take stages by turns: raw ring (or, by cp.async, source) →
 //                        scaled, rounded or split into fp16 → source ring
 //   streamer    1 warp   packed weights → weight ring (bulk copies), or all of them once
 //   consumers   8 warps  two warpgroups: source ring × weight ring → registers → result
@@ -66,24 +66,24 @@ __device__ __forceinline__ void run_streamer(const GemmProblem& g, const GemmTil
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(T::kThreads, 1)
     implicit_gemm_kernel(const __grid_constant__ GemmProblem g, const __grid_constant__ GemmTile t,
-                         const __grid_constant__ GemmOperands operands) {
+                         const __grid_constant__ GemmOperands operands,
+                         const __grid_constant__ GemmSharedMemory memory) {
   extern __shared__ __align__(128) uint8_t shared[];
   Header& header = *reinterpret_cast<Header*>(shared);
-  const GemmSharedMemory memory(t);
   if (threadIdx.x == 0) {
     for (int i = 0; i < t.weight_stages; ++i) {
       ::cuda::ptx::mbarrier_init(&header.weights_full[i], 1);
       ::cuda::ptx::mbarrier_init(&header.weights_empty[i], kConsumers * 4);
     }
     for (int i = 0; i < t.source_stages; ++i) {
-      ::cuda::ptx::mbarrier_init(&header.source_full[i], kConverterThreads);
+      ::cuda::ptx::mbarrier_init(&header.source_full[i], T::kConverterThreads);
       ::cuda::ptx::mbarrier_init(&header.source_empty[i], kConsumers * 4);
     }
     for (int i = 0; i < t.raw_stages; ++i) {
       ::cuda::ptx::mbarrier_init(&header.raw_full[i], 1);
-      ::cuda::ptx::mbarrier_init(&header.raw_empty[i], kConverterThreads);
+      ::cuda::ptx::mbarrier_init(&header.raw_empty[i], T::kConverterThreads);
     }
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   }
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::lower_registers<T::kProducerRegisters>();
     if (warp >= kConverters) {
-      run_converters<T>(g, t, operands, shared, memory, (warp - kConverters) / kConverterWarps);
+      run_converters<T>(g, t, operands, shared, memory, (warp - kConverters) / T::kConverterWarps);
     } else if (threadIdx.x % kWarp == 0) {
       if (warp == kStreamer)
         run_streamer<T>(g, t, operands, shared, memory);
@@ -110,11 +110,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T>
 void launch(const GemmProblem& g, const GemmTile& t, const GemmOperands& operands, int processors,
             cudaStream_t stream) {
-  const int bytes = GemmSharedMemory(t).bytes;
+  const GemmSharedMemory memory(t);
   const auto kernel = implicit_gemm_kernel<T>;
   CONVOPS_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedMemory));
-  kernel<<<min(t.jobs, processors), kThreads, bytes, stream>>>(g, t, operands);
+  kernel<<<min(t.jobs, processors), T::kThreads, memory.bytes, stream>>>(g, t, operands, memory);
   CONVOPS_LAUNCH_CHECK("implicit_gemm");
 }
 

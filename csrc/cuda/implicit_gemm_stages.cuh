@@ -11,8 +11,7 @@ namespace convops::cuda::implicit_gemm {
 constexpr int kWarp = 32;
 constexpr int kRows = 16;  // of the weight, of a consumer warp
 constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
-constexpr int kThreads = kConsumerThreads + 2 * kWarp + kConverterGroups * kConverterThreads;
-static_assert(kThreads == 512);
+constexpr int kFirstConverter = kConsumerThreads + 2 * kWarp;  // after streamer and loader
 
 // Scales of stages are as many powers of two apart: most stages have the last one's, and sums need
 // not be promoted in between.
@@ -39,9 +38,20 @@ struct Traits {
   static constexpr int kSumSteps = promoted_steps(kProducts);
   static constexpr int kFirstSteps = (kSumSteps / 2 + kSteps - 1) / kSteps * kSteps;
   static_assert(kSumSteps % kSteps == 0, "stages of weights end where sums are promoted");
-  // Two accumulators and addresses for 256 threads, what is left for the other 256.
-  static constexpr int kConsumerRegisters = kColumns > kRoomyColumns ? 208 : 200;
-  static constexpr int kProducerRegisters = 256 - kConsumerRegisters;
+  static constexpr int kConverterThreads = gemm_converter_threads(kColumns);
+  static constexpr int kConverterWarps = kConverterThreads / kWarp;
+  static constexpr int kThreads = kFirstConverter + kConverterGroups * kConverterThreads;
+  // ptxas shares registers out to groups of four warps; of a kernel's that many each.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(kThreads % 128 == 0);
+  // Two accumulators and addresses for the consumers, what is left for the others.
+  static constexpr int kConsumerRegisters = kColumns > kRoomyColumns ? 208
+                                            : kColumns > kFewColumns ? 200
+                                                                     : 168;
+  static constexpr int kProducerRegisters =
+      (kRegisters * kThreads - kConsumerRegisters * kConsumerThreads) /
+      (kThreads - kConsumerThreads);
+  static_assert(kProducerRegisters % 8 == 0 && kProducerRegisters >= 48);
   static_assert(kStagePitch % 32 == 8 || kStagePitch % 32 == 24, "staging without bank conflicts");
 };
 
@@ -79,7 +89,7 @@ struct Header {
   RawNote raw[kMaxRawStages];
   RowNote rows[kConsumers * 4][kRows];  // of every consumer warp
   // Of every group of converters, of its raw stage and its next.
-  float thread_max[kConverterGroups][2][kConverterThreads];
+  float thread_max[kConverterGroups][2][kMostConverterThreads];
   // Only with several phases in a block of the sum:
   union {
     SumPlace sum_places[kConverterGroups][kMaxStageSums];  // of the stage a group is copying
