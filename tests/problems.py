@@ -207,6 +207,11 @@ WIDE = [
     Problem("patches_of_4x4", 2, 3, 44, 100, 24, (11, 11), (4, 4), (2, 2), bias=True),
     Problem("patches_of_2x2", 2, 24, 18, 54, 40, (3, 3), (2, 2), (1, 1)),
     Problem("patches_of_2x1", 2, 24, 18, 54, 40, (3, 2), (2, 1), (1, 1)),
+    # Cells that begin before the tensor, on either side.
+    Problem("snug_cells", 2, 16, 20, 48, 40, (4, 4), (2, 2), (1, 1), bias=True),
+    Problem("snug_rows_of_334", 2, 8, 18, 334, 24, (4, 4), (2, 2), (1, 1)),
+    Problem("snug_from_2_places", 2, 24, 18, 54, 40, (4, 3), (2, 2), (1, 1)),
+    Problem("snug_from_4_places", 2, 8, 20, 87, 24, (7, 3), (4, 1), (1, 1), bias=True),
 ]
 
 # Tensors of more than 2^31 elements (GPU with more than 40 GB only).

@@ -17,7 +17,7 @@
 namespace convops::cuda {
 namespace {
 
-// Planning takes up to a millisecond, so plans are kept; emptied when full.
+// Planning takes a millisecond or two, so plans are kept; emptied when full.
 constexpr size_t kMaximumCachedPlans = 4096;
 
 constexpr uintptr_t kBulkAlignment = kVector * sizeof(float);

@@ -90,14 +90,17 @@ struct GemmAxis {
   int phases;                             // sources along a cell
   int first;                              // the smallest shift of a tap, in cells
   int shifts;                             // taps are shifted by first, ..., first + shifts - 1
+  int source_origin, result_origin;       // places of cell 0 before the tensor; either is 0
   int stride, padding, dilation, kernel;  // of the convolution
   bool transposed;                        // backward-input
 
+  // The first source of a cell, an element of the tensor or outside.
+  CONVOPS_HOST_DEVICE int source(int cell) const { return cell * phases - source_origin; }
   // Which weight connects result phase q with source phase p of the cell `shift` further on; -1
   // where none does.
   CONVOPS_HOST_DEVICE int tap(int q, int p, int shift) const {
-    const int source = shift * phases + p;
-    const int distance = transposed ? q + padding - stride * source : source - stride * q + padding;
+    const int from = source(shift) + p, to = q - result_origin;
+    const int distance = transposed ? to + padding - stride * from : from - stride * to + padding;
     if (distance < 0 || distance % dilation != 0) return -1;
     const int index = distance / dilation;
     return index < kernel ? index : -1;
@@ -242,7 +245,7 @@ struct GemmTile {
   // bytes: rows of the tensor are of as many kinds as there are places between those where they
   // begin, and every kind has its map and its box), or cell by cell, as they lie in the tile.
   bool bulk;
-  bool patches;  // then a cell's elements are at offsets from its first
+  int run;  // of patches, neighbours that are read at once; 0 where a cell is one element
   int source_kinds_log;
   int raw_channels;          // of a stage: channels in bulk copies, else channels in a phase
   int raw_pitch, raw_cells;  // floats of a row, of a channel in a box, in whole vectors of four

@@ -77,7 +77,7 @@ __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const Gem
                                                  float* raw, RawNote& note, uint64_t* full) {
   const SourceTile tile(g, t, job);
   const int kinds = 1 << t.source_kinds_log;
-  const int first_h = tile.cell_row * g.h.phases, first_w = tile.column * g.w.phases;
+  const int first_h = g.h.source(tile.cell_row), first_w = g.w.source(tile.column);
   ptx::expect_bytes(full, kinds * t.raw_cells * t.raw_channels * 4);
   note.job = job;
   note.outside = kinds > 1 ? max(0, -tile.column) : 0;
@@ -98,11 +98,14 @@ __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const Gem
 // same for all tiles (see copy_in_bulk in implicit_gemm_plan.cpp).
 __device__ __forceinline__ void note_sum_offsets(const GemmProblem& g, const GemmTile& t,
                                                  int* offsets, int thread) {
-  if (thread * g.w.phases >= t.depth * g.block_sums) return;
-  const GemmSum sum = gemm_sum(g, 0, thread * g.w.phases);
-  const int box = sum.phase_h & ((1 << t.source_kinds_log) - 1);
-  offsets[thread] = box * t.raw_box + (map_column(g, box, g.w.first * g.w.phases) & (kVector - 1)) +
-                    sum.channel * t.raw_cells + (sum.phase_h >> t.source_kinds_log) * t.raw_pitch;
+  if (thread * t.run >= t.depth * g.block_sums) return;
+  const GemmSum sum = gemm_sum(g, 0, thread * t.run);
+  const int last_kind = (1 << t.source_kinds_log) - 1, box = sum.phase_h & last_kind;
+  // Cells begin with kind 0, but for their origin.
+  const int kind = sum.phase_h - g.h.source_origin & last_kind;
+  offsets[thread] = box * t.raw_box + (map_column(g, kind, g.w.source(g.w.first)) & (kVector - 1)) +
+                    sum.phase_w + sum.channel * t.raw_cells +
+                    (sum.phase_h >> t.source_kinds_log) * t.raw_pitch;
 }
 
 // Copies the cells one by one into raw[channel][cell], wherever they come from.
@@ -134,7 +137,7 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
     if (t.straddles)
       for (; from_row - g.h.first >= t.image_rows; from_row -= t.image_rows) ++image;
     const bool exists = cell < t.source_cells && image < g.images;
-    int h = from_row * g.h.phases, w = (tile.column + column) * g.w.phases;
+    int h = g.h.source(from_row), w = g.w.source(tile.column + column);
     uint32_t destination = raw + (part * g.block_sums * t.raw_cells + cell) * 4;
     const float* place = source + tile.channel * channel_stride + image * g.source.stride[0] +
                          h * g.source.stride[2] + w * g.source.stride[3];
@@ -244,8 +247,8 @@ __device__ __forceinline__ uint32_t pack_rest(float a, float b, uint32_t rounded
   return pack(a - high.x, b - high.y);
 }
 
-// Four of the sum's elements of a cell. Phases of a row, kRun of them, are neighbours, and where
-// they lie is in `offsets`; without phases (kRun = 0) elements are `pitch` apart.
+// Four of the sum's elements of a cell. Phases of a row, kRun of them, are aligned neighbours, and
+// where they lie is in `offsets`; without phases (kRun = 0) elements are `pitch` apart.
 template <int kRun>
 __device__ __forceinline__ float4 read_cell(const float* from, const int* offsets, int pitch) {
   if constexpr (kRun == 0) return {from[0], from[pitch], from[2 * pitch], from[3 * pitch]};
@@ -278,7 +281,7 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
       from += block * kOctets * kOctet * t.raw_cells + box * t.raw_box + note.skews[box] +
               (row >> t.source_kinds_log) * t.raw_pitch + column;
     } else {
-      from += row * (g.h.phases >> t.source_kinds_log) * t.raw_pitch + column * kRun;
+      from += row * (g.h.phases >> t.source_kinds_log) * t.raw_pitch + column * g.w.phases;
       runs += block * (kOctets * kOctet / kRun);
     }
     uint4* const place = stage + block * T::kParts * t.part + cell;
@@ -336,7 +339,7 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
                                                const GemmOperands& operands, uint8_t* shared,
                                                const GemmSharedMemory& memory, int group) {
   Header& header = *reinterpret_cast<Header*>(shared);
-  if (t.patches) {
+  if (t.run > 0) {
     if (group == 0) note_sum_offsets(g, t, header.sum_offsets, converter_thread<T>(group));
     ptx::sync_threads<kConverterGroups * T::kConverterThreads>(1 + kConverterGroups);
   }
@@ -393,11 +396,11 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
       else
         convert_octets.template operator()<2, kRun>();
     };
-    if (!t.patches)
+    if (t.run == 0)
       convert.template operator()<0>();
-    else if (g.w.phases == 1)
+    else if (t.run == 1)
       convert.template operator()<1>();
-    else if (g.w.phases == 2)
+    else if (t.run == 2)
       convert.template operator()<2>();
     else
       convert.template operator()<4>();

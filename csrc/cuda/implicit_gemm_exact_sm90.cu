@@ -81,9 +81,9 @@ __device__ __forceinline__ void compute(const GemmProblem& g, const GemmTile& t,
   const int line = pixel / pixels.columns, rows = t.tile_rows;
   const int row = job.row + line % rows, image = row / t.image_rows, cell = row % t.image_rows;
   const int column = pixel % pixels.columns * pixels.step + line / rows;
-  const int h = cell * g.h.block + phase_h, w = job.column * g.w.block + column;
+  const int h = cell * g.h.block + phase_h - g.h.result_origin, w = job.column * g.w.block + column;
   const bool valid = pixel < pixels.count && column < t.width * g.w.block && image < g.images &&
-                     cell < g.cells_h && h < result.size[2] && w < result.size[3];
+                     cell < g.cells_h && h >= 0 && h < result.size[2] && w < result.size[3];
   const int64_t first_sum = int64_t(job.group) * g.sums, first_row = int64_t(job.group) * g.rows;
   const float* image_source =
       operands.source + image * source.stride[0] + first_sum * source.stride[1];

@@ -56,14 +56,15 @@ int source_kinds(const GemmProblem& g) {
 
 // Elements of a row must be neighbours, channels begin at multiples of 16 bytes, and rows follow
 // each other where a box has the end of the row before: what lies between them is not the tensor's.
-// Of cells that are several elements the phases must be whole channels of a block of the sum, each
-// row of a cell in one kind's box and aligned there to its own length.
+// No cell may have elements of both. Of cells that are several elements the phases must be whole
+// channels of a block of the sum, each row of a cell in one kind's box and aligned there to its own
+// length, but for its origin.
 bool can_copy_bulk(const GemmProblem& g) {
   constexpr int64_t kMaxStride = int64_t{1} << 36;
   const auto& [size, stride] = g.source;
   const int kinds = source_kinds(g), phases = g.phases();
   const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
-  const bool own = kinds == 1 || stride[2] == size[3];
+  const bool own = kinds == 1 || (stride[2] == size[3] && g.w.source_origin == 0);
   const bool patch = g.sum_classes == 1 && g.block_sums % phases == 0 && g.h.phases % kinds == 0 &&
                      g.w.phases <= kVector && stride[2] % g.w.phases == 0;
   return stride[3] == 1 && fits(0) && fits(1) && fits(2) && stride[0] % kVector == 0 &&

@@ -23,7 +23,8 @@ constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not
 int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t align(int64_t bytes) { return round_up(bytes, 256); }
 
-GemmAxis make_axis(const ConvProblem& p, bool vertical, int block) {
+// Snug cells begin where taps reach the fewest of them.
+GemmAxis make_axis(const ConvProblem& p, bool vertical, int block, bool snug) {
   const auto side = [&](const Pair& pair) { return int(vertical ? pair.h : pair.w); };
   GemmAxis axis{};
   axis.stride = side(p.stride);
@@ -33,18 +34,20 @@ GemmAxis make_axis(const ConvProblem& p, bool vertical, int block) {
   axis.transposed = p.direction == Direction::kBackwardInput;
   axis.block = axis.transposed ? block * axis.stride : block;
   axis.phases = axis.transposed ? block : block * axis.stride;
-  int least = std::numeric_limits<int>::max(), most = std::numeric_limits<int>::min();
-  for (int q = 0; q < axis.block; ++q)
-    for (int k = 0; k < axis.kernel; ++k) {
-      const int reach = k * axis.dilation - axis.padding;
-      if (axis.transposed && (q - reach) % axis.stride != 0) continue;
-      const int source = axis.transposed ? (q - reach) / axis.stride : q * axis.stride + reach;
-      const int shift = floor_divide(source, axis.phases);
-      least = std::min(least, shift);
-      most = std::max(most, shift);
-    }
-  axis.first = least;
-  axis.shifts = most - least + 1;
+  axis.shifts = std::numeric_limits<int>::max();
+  const int last = axis.block - 1, reach = (axis.kernel - 1) * axis.dilation;
+  for (int origin = 0; origin < (snug ? std::max(axis.block, axis.phases) : 1); ++origin) {
+    // From the first source of cell 0 to the last.
+    const int begin = origin - axis.padding;
+    const int least = axis.transposed ? -floor_divide(begin + reach, axis.stride) : begin;
+    const int most = axis.transposed ? floor_divide(last - begin, axis.stride)
+                                     : begin + last * axis.stride + reach;
+    const int first = floor_divide(least, axis.phases), end = floor_divide(most, axis.phases) + 1;
+    if (end - first >= axis.shifts) continue;
+    axis.first = first;
+    axis.shifts = end - first;
+    (axis.transposed ? axis.result_origin : axis.source_origin) = origin;
+  }
   return axis;
 }
 
@@ -130,23 +133,27 @@ void sort_channels(GemmProblem& g) {
   g.channels_log = std::countr_zero(unsigned(channels));
 }
 
-// What there is to choose for the problem on cells: their size, whether rows and sums are in
-// classes and an image is one row, and how many octets a block of the sum has.
+// What there is to choose for the problem on cells: their size, whether they are snug, rows and
+// sums are in classes and an image is one row, and how many octets a block of the sum has.
 struct CellChoice {
   int block_h, block_w, octets;
-  bool row_classes, sum_classes, join;
+  bool snug, row_classes, sum_classes, join;
 };
 
 // That problem; false where it is not to be had, or no different from another.
 bool describe(const ConvProblem& p, const CellChoice& choice, GemmProblem& g) {
-  const auto [block_h, block_w, octets, row_classes, sum_classes, join] = choice;
+  const auto [block_h, block_w, octets, snug, row_classes, sum_classes, join] = choice;
   const bool forward = p.direction == Direction::kForward;
-  g.h = make_axis(p, true, block_h);
-  g.w = make_axis(p, false, block_w);
+  g.h = make_axis(p, true, block_h, snug);
+  g.w = make_axis(p, false, block_w, false);
   if (row_classes && g.h.block == 1) return false;
   if (sum_classes && g.phases() == 1) return false;
   g.source = forward ? p.input : p.output;
   g.result = forward ? p.output : p.input;
+  // Results that leave one by one do not begin within a cell.
+  if (snug && (forward || are_neighbours(g))) g.w = make_axis(p, false, block_w, true);
+  const auto origin = [](const GemmAxis& a) { return a.source_origin + a.result_origin; };
+  if (snug && origin(g.h) + origin(g.w) == 0) return false;
   g.groups = int(p.groups);
   g.rows = int(forward ? p.group_out_channels() : p.group_in_channels());
   g.sums = int(forward ? p.group_in_channels() : p.group_out_channels());
@@ -157,8 +164,8 @@ bool describe(const ConvProblem& p, const CellChoice& choice, GemmProblem& g) {
   g.weight_w_stride = p.weight.stride[3];
   g.bias_stride = p.bias_stride;
   g.images = int(p.batch());
-  g.cells_h = int(ceil_divide(g.result.size[2], g.h.block));
-  g.cells_w = int(ceil_divide(g.result.size[3], g.w.block));
+  g.cells_h = int(ceil_divide(g.result.size[2] + g.h.result_origin, g.h.block));
+  g.cells_w = int(ceil_divide(g.result.size[3] + g.w.result_origin, g.w.block));
   g.products = p.precision == Precision::kIeee ? 3 : 1;
   g.smallest = smallest_element(g.products, g.sums * p.kernel().h * p.kernel().w);
   const int phases = g.phases();
@@ -198,7 +205,7 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
   // A row begins at a multiple of 16 bytes, up to three floats before the tile: as many for every
   // tile where tiles are whole vectors.
   const bool aligned = t.tiles_w == 1 || t.step * g.w.phases % kVector == 0;
-  const int before = aligned && kinds == 1 ? g.w.first * g.w.phases & (kVector - 1) : kVector - 1;
+  const int before = aligned && kinds == 1 ? g.w.source(g.w.first) & (kVector - 1) : kVector - 1;
   const int raw_rows = int(ceil_divide(rows, kinds));
   t.bulk = true;
   t.source_kinds_log = std::countr_zero(unsigned(kinds));
@@ -209,9 +216,10 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
   // Room for cells one by one as well, should the source's address be unfit.
   const int cells = int(round_up(t.source_cells, kVector)) * t.depth * g.block_sums;
   t.raw_bytes = std::max(kinds * t.raw_box, cells) * 4;
-  t.patches = g.phases() > 1;  // elements are at the same places in all tiles
+  // Elements of patches are at the same places in all tiles, and vectors of a run aligned.
+  t.run = g.phases() > 1 ? std::gcd(g.w.phases, g.w.source_origin) : 0;
   return !t.straddles && t.raw_pitch <= kLargestBox && raw_rows <= kLargestBox &&
-         (aligned || !t.patches);
+         (aligned || t.run == 0);
 }
 
 // As many stages as fit: first those in which both halves of the results leave at a time, then raw
@@ -315,7 +323,7 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
     const int sector = kSector >> t.woven_log;
     // An odd number of sectors: channels lie in different banks of shared memory then.
     t.step = int(ceil_divide(t.step, sector) | 1) * sector;
-    t.width = t.step + int(ceil_divide(t.overlap, 1 << t.woven_log));
+    t.width = t.step + int(ceil_divide(t.overlap + g.w.result_origin, 1 << t.woven_log));
     if (t.width >= g.cells_w) return false;
   }
   const int round = t.paired ? 1 : 0;  // to even numbers
@@ -456,9 +464,9 @@ void store_lines(GemmTile& t) {
 }
 
 void copy_by_cells(const GemmProblem& g, GemmTile& t) {
-  t.bulk = t.patches = false;
+  t.bulk = false;
   t.raw_stages = kConverterGroups;  // each has its own
-  t.source_kinds_log = 0;
+  t.run = t.source_kinds_log = 0;
   set_raw_channels(t, t.depth * g.block_sums);
   t.raw_pitch = t.pitch;
   t.raw_cells = int(round_up(t.source_cells, kVector));
@@ -490,12 +498,13 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
       if (block_h * block_w > 1 && rows * block_h * block_w > kFewRows &&
           sums * block_h * block_w > kFewSums)
         continue;
-      for (const bool row_classes : {false, true})
-        for (const bool sum_classes : {false, true})
-          for (const bool join : {false, true})
-            for (const int octets : {kStepOctets, 1})
-              try_tiles(p, {block_h, block_w, octets, row_classes, sum_classes, join}, device,
-                        best);
+      for (const bool snug : {false, true})
+        for (const bool row_classes : {false, true})
+          for (const bool sum_classes : {false, true})
+            for (const bool join : {false, true})
+              for (const int octets : {kStepOctets, 1})
+                try_tiles(p, {block_h, block_w, octets, snug, row_classes, sum_classes, join},
+                          device, best);
     }
   if (!best.reason.empty()) return best;
   GemmTile& tile = best.tile;

@@ -22,7 +22,8 @@ __device__ __forceinline__ bool ends_row(const GemmProblem& g, const GemmTile& t
 __device__ __forceinline__ RowPlace find_row(const GemmProblem& g, const GemmJob& job, int row) {
   if (row >= g.class_rows) return {-1, 0, 0};
   const GemmRow where = gemm_row(g, job.row_class, row);
-  return {job.group * g.rows + where.channel, int16_t(where.phase_h), int16_t(where.phase_w)};
+  return {job.group * g.rows + where.channel, int16_t(where.phase_h - g.h.result_origin),
+          int16_t(where.phase_w)};
 }
 
 // From a row's first result in the tile to the end of the tensor's row.
@@ -42,7 +43,7 @@ struct ResultRow {
   // Whether the tensor has them.
   __device__ bool exists(const GemmProblem& g, const RowPlace& place) const {
     return place.channel >= 0 && image < g.images && cell < g.cells_h &&
-           h(g, place) < int(g.result.size[2]);
+           unsigned(h(g, place)) < unsigned(g.result.size[2]);
   }
   // Offset in the result of the first in the tile.
   __device__ int64_t offset(const GemmProblem& g, const GemmJob& job, const RowPlace& place) const {
@@ -94,11 +95,11 @@ __device__ __forceinline__ int line_row(const GemmProblem& g, const GemmTile& t,
 
 // Where a result of a lane lies among the eight rows that leave together.
 struct LaneRow {
-  int line, phase;  // of the channels, woven in the line
+  int line, phase;  // of the channels; woven in the line, less the origin
 
-  __device__ explicit LaneRow(const GemmTile& t)
+  __device__ LaneRow(const GemmProblem& g, const GemmTile& t)
       : line((threadIdx.x % kWarp / 4) >> t.woven_log),
-        phase((threadIdx.x % kWarp / 4) & ((1 << t.woven_log) - 1)) {}
+        phase(((threadIdx.x % kWarp / 4) & ((1 << t.woven_log) - 1)) - g.w.result_origin) {}
 };
 
 // Bits i of those elements first + i * step that lie in [0, count); -step < -first, 0 <= count.
@@ -297,7 +298,7 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
                                               float (&totals)[T::kColumns / 2]) {
   const int lane = threadIdx.x % kWarp, group = of_warp(threadIdx.x / kWarp / 4);
   const ResultRows rows(t, job.row + (T::kRowTile == 128 ? 0 : group * t.height));
-  const LaneRow lane_row(t);
+  const LaneRow lane_row(g, t);
   const auto lines = [&](int half) {
     return staged + half * (t.staged_halves - 1) * t.staged_floats;
   };

@@ -63,8 +63,8 @@ struct SumPlace {
 
 // A row of the weight as its results need it.
 struct RowPlace {
-  int channel;  // of the tensor, or -1 where there is no such row
-  int16_t phase_h, phase_w;
+  int channel;               // of the tensor, or -1 where there is no such row
+  int16_t phase_h, phase_w;  // phase_h: less the origin
 };
 struct RowNote {
   float scale, bias;
