@@ -10,29 +10,30 @@ namespace convops::cuda {
 namespace {
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 8.25;    // between steps
-constexpr double kPromoteCycles = 280;  // to add up sums in registers
-constexpr double kDrainCycles = 652;    // from a stage to the next
-constexpr double kConvertCycles = 213;  // a pass of a group of converters
-constexpr double kCrowded = 1.24;     // times as long with the widest instruction: fewer registers
-constexpr double kCopyCycles = 1520;  // besides, where they copy cell by cell
-constexpr double kMixedCopyCycles = 2220;  // and several phases of the source mix
-constexpr double kMaxCycles = 73;          // of a vector that a thread looks at for the maximum
-constexpr double kStageCycles = 1450;      // of a stage, whatever its size
-constexpr double kLoadCycles = 1460;       // until a raw stage is there
-constexpr double kRowCycles = 862;         // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 1.83;     // times as long where they are staged one by one
-constexpr double kRunCycles = 64;          // of a run that is copied by itself
+constexpr double kStepCycles = 27;      // between steps
+constexpr double kPromoteCycles = 361;  // to add up sums in registers
+constexpr double kDrainCycles = 582;    // from a stage to the next
+constexpr double kConvertCycles = 352;  // a pass of a group of converters
+constexpr double kCrowded = 1.04;     // times as long with the widest instruction: fewer registers
+constexpr double kTogether = 1.2;     // and where there are more warps of them
+constexpr double kCopyCycles = 1900;  // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 3390;  // and several phases of the source mix
+constexpr double kMaxCycles = 75;          // of a vector that a thread looks at for the maximum
+constexpr double kStageCycles = 1740;      // of a stage, whatever its size
+constexpr double kLoadCycles = 1430;       // until a raw stage is there
+constexpr double kRowCycles = 643;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 2.94;     // times as long where they are staged one by one
+constexpr double kRunCycles = 150;         // of a run that is copied by itself
 constexpr double kApartCycles = 0.74;      // of a result that goes alone
-constexpr double kHalfCycles = 1100;  // until half of the results has left, if both share memory
-constexpr double kJobCycles = 640;
-constexpr double kOverlap = 0.293;  // of the shorter of two things at a time is not hidden
+constexpr double kHalfCycles = 953;  // until half of the results has left, if both share memory
+constexpr double kJobCycles = 1500;
+constexpr double kOverlap = 0.224;  // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.98e9;
-constexpr double kBandwidthShare = 1.11;    // of the device's peak: kOverlap takes more than that
-constexpr double kReadSeconds = 0.050e-12;  // of a byte that blocks read, mostly from L2
-constexpr double kPackSeconds = 11.1e-12;   // of a packed weight
-constexpr double kCutBytes = 104;           // more for a chunk in two tiles of 64 channels
-constexpr double kLaunchSeconds = 23e-6;    // three kernels
+constexpr double kBandwidthShare = 0.995;   // of the device's peak: kOverlap takes more than that
+constexpr double kReadSeconds = 0.042e-12;  // of a byte that blocks read, mostly from L2
+constexpr double kPackSeconds = 10.6e-12;   // of a packed weight
+constexpr double kCutBytes = 119;           // more for a chunk in two tiles of 64 channels
+constexpr double kLaunchSeconds = 22e-6;    // three kernels
 
 }  // namespace
 
@@ -69,19 +70,23 @@ double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& devi
     const double passes =
         std::ceil(double(t.depth) * t.source_cells / gemm_converter_threads(t.columns));
     const double copy = g.mixes_phases() ? kMixedCopyCycles : kCopyCycles;
+    const double slowly = t.columns > kRoomyColumns  ? kCrowded
+                          : t.columns <= kFewColumns ? kTogether
+                                                     : 1;
     // The vectors that a thread looks at in each box, four at a time.
     const int lanes = gemm_converter_threads(t.columns) / t.max_groups << t.max_pieces_log;
     const double vectors = double(round_up(ceil_divide(t.raw_cells, kVector * lanes), 4));
-    const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles;
-    const double pass =
-        kConvertCycles * (t.columns > kRoomyColumns ? kCrowded : 1) + (t.bulk ? 0 : copy);
+    const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles * slowly;
+    const double pass = kConvertCycles * slowly + (t.bulk ? 0 : copy);
     read += stages * t.raw_bytes * t.row_blocks * g.groups;
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
     const double staging = t.height * kRowCycles * (t.paired ? 1 : kUnpairedRows);
     const double runs = t.boxed ? 0 : (16 >> t.woven_log) * t.runs * kRunCycles;
+    // Warps without a row store nothing; the blocks of the fullest rows are the last to end.
+    const double filled = std::min(1.0, double(g.class_rows) / t.row_tile);
     const double store =
-        t.neighbours ? staging + runs : rows * t.tile_rows * t.width * kApartCycles;
+        t.neighbours ? filled * (staging + runs) : rows * t.tile_rows * t.width * kApartCycles;
     const double halves = t.neighbours && t.staged_halves == 1 ? kHalfCycles : 0;
     const double consume = multiply + store + halves + kJobCycles;
     // A group works on one stage; a raw stage is loaded, looked at and converted.

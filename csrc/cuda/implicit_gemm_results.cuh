@@ -307,6 +307,7 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
     const RowPlace& place = notes[8 * half].place;
     return RowPlace{of_warp(place.channel), int16_t(of_warp(place.phase_h)), 0};
   };
+  if (first_place(0).channel < 0) return;  // the warp has no rows
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float scale = notes[8 * half + lane / 4].scale, bias = notes[8 * half + lane / 4].bias;
