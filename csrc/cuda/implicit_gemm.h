@@ -92,7 +92,8 @@ struct GemmAxis {
   int shifts;                             // taps are shifted by first, ..., first + shifts - 1
   int source_origin, result_origin;       // places of cell 0 before the tensor; either is 0
   int stride, padding, dilation, kernel;  // of the convolution
-  bool transposed;                        // backward-input
+  Divisor by_dilation;
+  bool transposed;  // backward-input
 
   // The first source of a cell, an element of the tensor or outside.
   CONVOPS_HOST_DEVICE int source(int cell) const { return cell * phases - source_origin; }
@@ -101,9 +102,8 @@ struct GemmAxis {
   CONVOPS_HOST_DEVICE int tap(int q, int p, int shift) const {
     const int from = source(shift) + p, to = q - result_origin;
     const int distance = transposed ? to + padding - stride * from : from - stride * to + padding;
-    if (distance < 0 || distance % dilation != 0) return -1;
-    const int index = distance / dilation;
-    return index < kernel ? index : -1;
+    const int index = by_dilation.quotient(distance);
+    return distance >= 0 && index < kernel && index * dilation == distance ? index : -1;
   }
 };
 
@@ -150,6 +150,7 @@ struct GemmProblem {
   // cells to the first octet, and, in the upper half of the word, from there to the second.
   uint32_t step_cells[kMaxTaps];
   Divisor by_rows, by_block_w, by_phases, by_phases_w;  // of the numbers of that name
+  Divisor by_window, by_kernel_w;                       // taps of a channel, and of their rows
 
   CONVOPS_HOST_DEVICE int phases() const { return h.phases * w.phases; }  // of the source
   // Whether a block of the sum has several of them.

@@ -30,6 +30,7 @@ GemmAxis make_axis(const ConvProblem& p, bool vertical, int block, bool snug) {
   axis.stride = side(p.stride);
   axis.padding = side(p.padding);
   axis.dilation = side(p.dilation);
+  axis.by_dilation = Divisor(axis.dilation);
   axis.kernel = side(p.kernel());
   axis.transposed = p.direction == Direction::kBackwardInput;
   axis.block = axis.transposed ? block * axis.stride : block;
@@ -172,7 +173,8 @@ bool describe(const ConvProblem& p, const CellChoice& choice, GemmProblem& g) {
   if (row_classes && g.h.block > kMaxClasses) return false;
   if (sum_classes && phases > kMaxClasses) return false;
   if (std::max(g.h.block, g.w.block) > std::numeric_limits<int16_t>::max() ||
-      int64_t{g.rows} * g.h.block * g.w.block >= kMaxExtent)
+      int64_t{g.rows} * g.h.block * g.w.block >= kMaxExtent ||
+      int64_t{g.sums} * g.h.phases * g.w.phases >= kMaxExtent)
     return false;
   g.row_classes = row_classes ? g.h.block : 1;
   g.sum_classes = sum_classes ? phases : 1;
@@ -185,6 +187,8 @@ bool describe(const ConvProblem& p, const CellChoice& choice, GemmProblem& g) {
   g.by_block_w = Divisor(g.w.block);
   g.by_phases = Divisor(phases);
   g.by_phases_w = Divisor(g.w.phases);
+  g.by_window = Divisor(g.h.kernel * g.w.kernel);
+  g.by_kernel_w = Divisor(g.w.kernel);
   if (!list_steps(g)) return false;
   if (join && !join_rows(g)) return false;
   sort_channels(g);
@@ -487,8 +491,10 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
   const bool forward = p.direction == Direction::kForward;
   const int64_t rows = forward ? p.group_out_channels() : p.group_in_channels();
   const int64_t sums = forward ? p.group_in_channels() : p.group_out_channels();
-  if (sums * p.kernel().h * p.kernel().w < kStepOctets * kOctet)
+  const int64_t products = sums * p.kernel().h * p.kernel().w;
+  if (products < kStepOctets * kOctet)
     best.reason = "sums of fewer than 16 products: too few for an instruction and its error";
+  if (products >= kMaxExtent) best.reason = "sums of 2^30 or more products";
   if (!best.reason.empty()) return best;
 
   best.reason = "no tile of its cells fits shared memory";

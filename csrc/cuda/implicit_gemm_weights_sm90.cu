@@ -24,27 +24,24 @@ constexpr int kThreads = 256;
 // Random weights have a few channels below GemmProblem::smallest, which do no harm; many are no
 // accident.
 constexpr int kRareChannels = 64;  // one in so many
+constexpr int kTapsOfLane = 4;     // at most, up to 32 lanes a channel
 
-// Bits of the largest |w| of a channel of the sum.
-__device__ uint32_t channel_max(const GemmProblem& g, const float* weight, int k) {
-  uint32_t largest = 0;
-#pragma unroll 4
-  for (int h = 0; h < g.h.kernel; ++h)
-#pragma unroll 4
-    for (int w = 0; w < g.w.kernel; ++w)
-      largest =
-          max(largest,
-              __float_as_uint(
-                  weight[k * g.weight_sum_stride + h * g.weight_h_stride + w * g.weight_w_stride]) &
-                  0x7fffffff);
-  return largest;
+// Bits of the magnitude of a row's weight number `tap` of channel k.
+__device__ uint32_t magnitude_bits(const GemmProblem& g, const float* weight, int k, int tap) {
+  const int h = g.by_kernel_w.quotient(tap), w = tap - h * g.w.kernel;
+  const float x = weight[k * g.weight_sum_stride + h * g.weight_h_stride + w * g.weight_w_stride];
+  return __float_as_uint(x) & 0x7fffffff;
 }
 
 // The scale of a row; by all threads of the block.
 __device__ Scale find_scale(const GemmProblem& g, const float* weight) {
+  const int taps = g.h.kernel * g.w.kernel, weights = g.sums * taps;
   uint32_t largest = 0;
-  for (int k = threadIdx.x; k < g.sums; k += kThreads)
-    largest = max(largest, channel_max(g, weight, k));
+#pragma unroll 8
+  for (int i = threadIdx.x; i < weights; i += kThreads) {
+    const int k = g.by_window.quotient(i);
+    largest = max(largest, magnitude_bits(g, weight, k, i - k * taps));
+  }
   __shared__ uint32_t warps[kThreads / 32];
   largest = __reduce_max_sync(~0u, largest);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = largest;
@@ -52,14 +49,22 @@ __device__ Scale find_scale(const GemmProblem& g, const float* weight) {
   for (const uint32_t other : warps) largest = max(largest, other);
   Scale scale = choose_scale(largest);
 
-  int tiny = 0;
-  for (int first = 0; first < g.sums; first += kThreads) {
-    const int k = first + threadIdx.x;
-    const uint32_t channel = k < g.sums ? channel_max(g, weight, k) : 0;
+  // Channels that are tiny, each looked at by a group of lanes.
+  int lanes = 1, tiny = 0;
+  while (lanes < 32 && lanes * kTapsOfLane < taps) lanes *= 2;
+  for (int first = 0; first < g.sums; first += kThreads / lanes) {
+    const int k = first + int(threadIdx.x) / lanes;
+    uint32_t channel = 0;
+    if (k < g.sums)
+#pragma unroll 4
+      for (int tap = threadIdx.x & (lanes - 1); tap < taps; tap += lanes)
+        channel = max(channel, magnitude_bits(g, weight, k, tap));
+    for (int apart = lanes / 2; apart > 0; apart /= 2)
+      channel = max(channel, __shfl_xor_sync(~0u, channel, apart));
     const float scaled = __uint_as_float(channel) * scale.factor;
     tiny += __syncthreads_count(channel > 0 && scaled < g.smallest);
   }
-  scale.fits &= tiny * kRareChannels <= g.sums;
+  scale.fits &= tiny / lanes * kRareChannels <= g.sums;
   return scale;
 }
 
@@ -69,22 +74,21 @@ __device__ void pack_octet(const GemmProblem& g, const float* weight, const Gemm
                            __half2 (&high)[4], __half2 (&low)[4]) {
   float values[kOctet];
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    values[i] = 0;
-    if (k + i >= g.class_sums) continue;
+  for (int i = 0; i < kOctet; ++i) {  // without branches: all loads are on their way at once
     const GemmSum sum = gemm_sum(g, sum_class, k + i);
     const int h = g.h.tap(row.phase_h, sum.phase_h, tap.h + g.h.first);
     const int w = g.w.tap(row.phase_w, sum.phase_w, tap.w + g.w.first);
-    if (h >= 0 && w >= 0)
-      values[i] =
-          factor *
-          weight[sum.channel * g.weight_sum_stride + h * g.weight_h_stride + w * g.weight_w_stride];
+    const bool exists = k + i < g.class_sums && min(h, w) >= 0;
+    const int64_t place =
+        sum.channel * g.weight_sum_stride + h * g.weight_h_stride + w * g.weight_w_stride;
+    values[i] = exists ? weight[place] : 0;
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    high[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+    const float a = factor * values[2 * i], b = factor * values[2 * i + 1];
+    high[i] = __floats2half2_rn(a, b);
     const float2 rounded = __half22float2(high[i]);
-    low[i] = __floats2half2_rn(values[2 * i] - rounded.x, values[2 * i + 1] - rounded.y);
+    low[i] = __floats2half2_rn(a - rounded.x, b - rounded.y);
   }
 }
 
