@@ -150,17 +150,22 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
       const bool inside = exists && unsigned(h) < unsigned(height) && unsigned(w) < unsigned(width);
       if (!inside) place = source;
       const int64_t step = inside ? channel_stride : 0;
-      const int channels = g.sums - channel;
-#pragma unroll
-      for (int k = 0; k < kStepOctets * kOctet; ++k) {
-        if (k == kOctet && g.octets == 1) break;
-        if (k < channels) {
-          ptx::copy_float(destination, place, inside);
-          place += step;
-        } else {
-          ptx::copy_float(destination, source, false);
-        }
+      const int channels = min(g.sums - channel, g.block_sums);
+      const auto copy = [&](const float* from, bool real) {
+        ptx::copy_float(destination, from, real);
         destination += t.raw_cells * 4;
+        place += step;
+        asm("" : "+l"(place));  // else the compiler multiplies for every address
+      };
+      if (channels == g.block_sums) {  // no need to look at each of them
+#pragma unroll 1
+        for (int octet = 0; octet < g.octets; ++octet)
+#pragma unroll
+          for (int k = 0; k < kOctet; ++k) copy(place, inside);
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < g.block_sums; ++k)
+          copy(k < channels ? place : source, inside && k < channels);
       }
     } else {
       // By fours: a loop for what is left, where the compiler unrolls, would take registers.
