@@ -273,6 +273,8 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
                                                const float* raw, const RawNote& note,
                                                const int* offsets, uint4* stage, float factor,
                                                uint8_t* bad_jobs, int thread) {
+  // Read once: cells' addresses wait for it.
+  const uint32_t skews = *reinterpret_cast<const uint32_t*>(note.skews);
 #pragma unroll 1
   for (int i = thread; i < t.depth * t.source_cells; i += T::kConverterThreads) {
     int cell = i, block = 0;
@@ -283,8 +285,8 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
     const int* runs = offsets;
     if constexpr (kRun == 0) {
       const int box = row & ((1 << t.source_kinds_log) - 1);
-      from += block * kOctets * kOctet * t.raw_cells + box * t.raw_box + note.skews[box] +
-              (row >> t.source_kinds_log) * t.raw_pitch + column;
+      from += block * kOctets * kOctet * t.raw_cells + box * t.raw_box +
+              int(skews >> 8 * box & 0xff) + (row >> t.source_kinds_log) * t.raw_pitch + column;
     } else {
       from += row * (g.h.phases >> t.source_kinds_log) * t.raw_pitch + column * g.w.phases;
       runs += block * (kOctets * kOctet / kRun);
