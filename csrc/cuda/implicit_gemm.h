@@ -24,6 +24,7 @@
 
 namespace convops::cuda {
 
+inline constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
 inline constexpr int kOctet = 8;       // channels of the sum: as halves the 16 bytes wgmma reads
 inline constexpr int kStepOctets = 2;  // that an instruction sums over, at a tap or at two
 inline constexpr int kMaxTaps = 1024;  // in all lists together; they travel as kernel parameters
@@ -337,6 +338,20 @@ struct GemmPlan {
   double seconds;
   GemmWorkspace workspace;
 };
+// What there is to choose for the problem on cells: their size, whether they are snug, rows and
+// sums are in classes and an image is one row, and how many octets a block of the sum has.
+struct CellChoice {
+  int block_h, block_w, octets;
+  bool snug, row_classes, sum_classes, join;
+};
+
+// That problem; false where it is not to be had, or no different from another.
+bool describe_cells(const ConvProblem& problem, const CellChoice& choice, GemmProblem& gemm);
+// Of results this far apart: the places in a sector of memory where they begin.
+int kinds_log(int64_t stride);
+// Whether results of a row of cells can be written as neighbours in memory.
+bool are_neighbours(const GemmProblem& gemm);
+
 // The fastest by estimate of all blocks and tiles.
 GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
 // Steps of all packed weights, and the seconds of a call whose tensors have so many bytes.

@@ -10,30 +10,31 @@ namespace convops::cuda {
 namespace {
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 27;      // between steps
-constexpr double kPromoteCycles = 361;  // to add up sums in registers
-constexpr double kDrainCycles = 582;    // from a stage to the next
-constexpr double kConvertCycles = 352;  // a pass of a group of converters
-constexpr double kCrowded = 1.04;     // times as long with the widest instruction: fewer registers
-constexpr double kTogether = 1.2;     // and where there are more warps of them
-constexpr double kCopyCycles = 1900;  // besides, where they copy cell by cell
-constexpr double kMixedCopyCycles = 3390;  // and several phases of the source mix
-constexpr double kMaxCycles = 75;          // of a vector that a thread looks at for the maximum
-constexpr double kStageCycles = 1740;      // of a stage, whatever its size
-constexpr double kLoadCycles = 1430;       // until a raw stage is there
-constexpr double kRowCycles = 643;         // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 2.94;     // times as long where they are staged one by one
+constexpr double kStepCycles = 10;      // between steps
+constexpr double kPromoteCycles = 368;  // to add up sums in registers
+constexpr double kDrainCycles = 468;    // from a stage to the next
+constexpr double kConvertCycles = 141;  // a pass of a group of converters
+constexpr double kCrowded = 1.06;     // times as long with the widest instruction: fewer registers
+constexpr double kTogether = 1.28;    // and where there are more warps of them
+constexpr double kCopyCycles = 1290;  // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 2060;  // and several phases of the source mix
+constexpr double kStraddled = 1.36;        // times as long where tiles cross images
+constexpr double kMaxCycles = 79;          // of a vector that a thread looks at for the maximum
+constexpr double kStageCycles = 1820;      // of a stage, whatever its size
+constexpr double kLoadCycles = 1100;       // until a raw stage is there
+constexpr double kRowCycles = 553;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 2.48;     // times as long where they are staged one by one
 constexpr double kRunCycles = 150;         // of a run that is copied by itself
 constexpr double kApartCycles = 0.74;      // of a result that goes alone
-constexpr double kHalfCycles = 953;  // until half of the results has left, if both share memory
-constexpr double kJobCycles = 1500;
-constexpr double kOverlap = 0.224;  // of the shorter of two things at a time is not hidden
+constexpr double kHalfCycles = 854;  // until half of the results has left, if both share memory
+constexpr double kJobCycles = 866;
+constexpr double kOverlap = 0.373;  // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.98e9;
-constexpr double kBandwidthShare = 0.995;   // of the device's peak: kOverlap takes more than that
-constexpr double kReadSeconds = 0.042e-12;  // of a byte that blocks read, mostly from L2
-constexpr double kPackSeconds = 10.6e-12;   // of a packed weight
-constexpr double kCutBytes = 119;           // more for a chunk in two tiles of 64 channels
-constexpr double kLaunchSeconds = 22e-6;    // three kernels
+constexpr double kBandwidthShare = 1.08;    // of the device's peak: kOverlap takes more than that
+constexpr double kReadSeconds = 0.046e-12;  // of a byte that blocks read, mostly from L2
+constexpr double kPackSeconds = 7.0e-12;    // of a packed weight
+constexpr double kCutBytes = 99;            // more for a chunk in two tiles of 64 channels
+constexpr double kLaunchSeconds = 19e-6;    // three kernels
 
 }  // namespace
 
@@ -69,7 +70,8 @@ double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& devi
                             sums * kPromoteCycles + stages * kDrainCycles;
     const double passes =
         std::ceil(double(t.depth) * t.source_cells / gemm_converter_threads(t.columns));
-    const double copy = g.mixes_phases() ? kMixedCopyCycles : kCopyCycles;
+    const double copy =
+        (g.mixes_phases() ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddled : 1);
     const double slowly = t.columns > kRoomyColumns  ? kCrowded
                           : t.columns <= kFewColumns ? kTogether
                                                      : 1;

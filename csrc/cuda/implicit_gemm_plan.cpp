@@ -1,5 +1,5 @@
-// From a convolution to the problem on cells and its tiles: every block and tile that fits is
-// estimated, the fastest is taken.
+// From the problem on cells to its tiles: every block and tile that fits is estimated, the fastest
+// is taken.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -14,186 +14,12 @@
 namespace convops::cuda {
 namespace {
 
-constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
 constexpr int kBlocks[] = {1, 2, 4};
 constexpr int kLargestBox = 256;             // the copy engine's, along any side
 constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, in floats
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
-int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t align(int64_t bytes) { return round_up(bytes, 256); }
-
-// Snug cells begin where taps reach the fewest of them.
-GemmAxis make_axis(const ConvProblem& p, bool vertical, int block, bool snug) {
-  const auto side = [&](const Pair& pair) { return int(vertical ? pair.h : pair.w); };
-  GemmAxis axis{};
-  axis.stride = side(p.stride);
-  axis.padding = side(p.padding);
-  axis.dilation = side(p.dilation);
-  axis.by_dilation = Divisor(axis.dilation);
-  axis.kernel = side(p.kernel());
-  axis.transposed = p.direction == Direction::kBackwardInput;
-  axis.block = axis.transposed ? block * axis.stride : block;
-  axis.phases = axis.transposed ? block : block * axis.stride;
-  axis.shifts = std::numeric_limits<int>::max();
-  const int last = axis.block - 1, reach = (axis.kernel - 1) * axis.dilation;
-  for (int origin = 0; origin < (snug ? std::max(axis.block, axis.phases) : 1); ++origin) {
-    // From the first source of cell 0 to the last.
-    const int begin = origin - axis.padding;
-    const int least = axis.transposed ? -floor_divide(begin + reach, axis.stride) : begin;
-    const int most = axis.transposed ? floor_divide(last - begin, axis.stride)
-                                     : begin + last * axis.stride + reach;
-    const int first = floor_divide(least, axis.phases), end = floor_divide(most, axis.phases) + 1;
-    if (end - first >= axis.shifts) continue;
-    axis.first = first;
-    axis.shifts = end - first;
-    (axis.transposed ? axis.result_origin : axis.source_origin) = origin;
-  }
-  return axis;
-}
-
-// Whether any of the phases q and p are connected at the shift.
-bool connected(const GemmAxis& axis, int q_begin, int q_end, int p_begin, int p_end, int shift) {
-  for (int q = q_begin; q < q_end; ++q)
-    for (int p = p_begin; p < p_end; ++p)
-      if (axis.tap(q, p, shift + axis.first) >= 0) return true;
-  return false;
-}
-
-// fp16 parts resolve 2^-25. What that makes of a sum of elements this small, each of them off by as
-// much, stays within 1.5 · sqrt(length) units of the precision, relative to their magnitudes. It is
-// held against the largest of a channel or cell; with one product there is room for elements a
-// thousand times smaller than that.
-float smallest_element(int products, int64_t length) {
-  const double unit = products == 3 ? 0x1p-24 : 0x1p-11, room = products == 3 ? 1 : 1024;
-  return float(0x1p-25 * room / (1.5 * unit * std::sqrt(double(length))));
-}
-
-// Fills the lists of steps and their taps; false where they are too long.
-bool list_steps(GemmProblem& g) {
-  int count = 0;  // of taps
-  for (int r = 0; r < g.row_classes; ++r) {
-    const int q_begin = g.row_classes > 1 ? r : 0;
-    const int q_end = g.row_classes > 1 ? r + 1 : g.h.block;
-    for (int s = 0; s < g.sum_classes; ++s) {
-      const bool one = g.sum_classes > 1;
-      const int ph = s / g.w.phases, pw = s % g.w.phases;
-      g.step_begin[r][s] = int16_t(count / g.step_taps());
-      for (int h = 0; h < g.h.shifts; ++h) {
-        if (!connected(g.h, q_begin, q_end, one ? ph : 0, one ? ph + 1 : g.h.phases, h)) continue;
-        for (int w = 0; w < g.w.shifts; ++w) {
-          if (!connected(g.w, 0, g.w.block, one ? pw : 0, one ? pw + 1 : g.w.phases, w)) continue;
-          if (count == kMaxTaps) return false;
-          g.taps[count++] = {int16_t(h), int16_t(w)};
-        }
-      }
-      static_assert(kMaxTaps % kStepOctets == 0, "there is room for the last");
-      if (count % g.step_taps() != 0) g.taps[count++] = kNoTap;
-    }
-    g.step_begin[r][g.sum_classes] = int16_t(count / g.step_taps());
-  }
-  return true;
-}
-
-// 1×1, stride 1, no padding, rows that follow each other: an image may be one long row.
-bool join_rows(GemmProblem& g) {
-  const auto joins = [](const Tensor4& t) { return t.stride[2] == t.size[3] * t.stride[3]; };
-  const bool same = g.source.size[2] == g.result.size[2] && g.source.size[3] == g.result.size[3];
-  const auto plain = [](const GemmAxis& a) {
-    return a.kernel == 1 && a.stride == 1 && a.padding == 0 && a.block == 1;
-  };
-  if (!same || !plain(g.h) || !plain(g.w) || !joins(g.source) || !joins(g.result) ||
-      g.source.size[2] * g.source.size[3] >= kMaxExtent)
-    return false;
-  for (Tensor4* t : {&g.source, &g.result}) {
-    t->size[3] *= t->size[2];
-    t->size[2] = 1;
-    t->stride[2] = t->size[3] * t->stride[3];
-  }
-  g.cells_w *= g.cells_h;
-  g.cells_h = 1;
-  return true;
-}
-
-// Of results this far apart: the places in a sector of memory where they begin.
-int kinds_log(int64_t stride) {
-  return std::countr_zero(unsigned(kSector / std::gcd(stride, int64_t{kSector})));
-}
-bool are_neighbours(const GemmProblem& g) {
-  const int block = g.w.block;
-  return g.result.stride[3] == 1 && (block == 1 || block == 2 || block == 4);
-}
-
-// Puts channels of a kind into eight rows of the weight, where they fill them.
-void sort_channels(GemmProblem& g) {
-  g.channel_kinds_log = g.channels_log = 0;
-  if (!are_neighbours(g)) return;
-  const int kinds = kinds_log(g.result.stride[1]), channels = 8 / g.w.block;
-  if (g.rows % (channels << kinds) != 0) return;
-  g.channel_kinds_log = kinds;
-  g.channels_log = std::countr_zero(unsigned(channels));
-}
-
-// What there is to choose for the problem on cells: their size, whether they are snug, rows and
-// sums are in classes and an image is one row, and how many octets a block of the sum has.
-struct CellChoice {
-  int block_h, block_w, octets;
-  bool snug, row_classes, sum_classes, join;
-};
-
-// That problem; false where it is not to be had, or no different from another.
-bool describe(const ConvProblem& p, const CellChoice& choice, GemmProblem& g) {
-  const auto [block_h, block_w, octets, snug, row_classes, sum_classes, join] = choice;
-  const bool forward = p.direction == Direction::kForward;
-  g.h = make_axis(p, true, block_h, snug);
-  g.w = make_axis(p, false, block_w, false);
-  if (row_classes && g.h.block == 1) return false;
-  if (sum_classes && g.phases() == 1) return false;
-  g.source = forward ? p.input : p.output;
-  g.result = forward ? p.output : p.input;
-  // Results that leave one by one do not begin within a cell.
-  if (snug && (forward || are_neighbours(g))) g.w = make_axis(p, false, block_w, true);
-  const auto origin = [](const GemmAxis& a) { return a.source_origin + a.result_origin; };
-  if (snug && origin(g.h) + origin(g.w) == 0) return false;
-  g.groups = int(p.groups);
-  g.rows = int(forward ? p.group_out_channels() : p.group_in_channels());
-  g.sums = int(forward ? p.group_in_channels() : p.group_out_channels());
-  g.weight_group_stride = p.group_out_channels() * p.weight.stride[0];
-  g.weight_row_stride = p.weight.stride[forward ? 0 : 1];
-  g.weight_sum_stride = p.weight.stride[forward ? 1 : 0];
-  g.weight_h_stride = p.weight.stride[2];
-  g.weight_w_stride = p.weight.stride[3];
-  g.bias_stride = p.bias_stride;
-  g.images = int(p.batch());
-  g.cells_h = int(ceil_divide(g.result.size[2] + g.h.result_origin, g.h.block));
-  g.cells_w = int(ceil_divide(g.result.size[3] + g.w.result_origin, g.w.block));
-  g.products = p.precision == Precision::kIeee ? 3 : 1;
-  g.smallest = smallest_element(g.products, g.sums * p.kernel().h * p.kernel().w);
-  const int phases = g.phases();
-  if (row_classes && g.h.block > kMaxClasses) return false;
-  if (sum_classes && phases > kMaxClasses) return false;
-  if (std::max(g.h.block, g.w.block) > std::numeric_limits<int16_t>::max() ||
-      int64_t{g.rows} * g.h.block * g.w.block >= kMaxExtent ||
-      int64_t{g.sums} * g.h.phases * g.w.phases >= kMaxExtent)
-    return false;
-  g.row_classes = row_classes ? g.h.block : 1;
-  g.sum_classes = sum_classes ? phases : 1;
-  g.class_rows = g.rows * g.w.block * (row_classes ? 1 : g.h.block);
-  g.class_sums = g.sums * (sum_classes ? 1 : phases);
-  g.octets = octets;
-  g.block_sums = octets * kOctet;
-  g.sum_blocks = int(ceil_divide(g.class_sums, g.block_sums));
-  g.by_rows = Divisor(g.rows);
-  g.by_block_w = Divisor(g.w.block);
-  g.by_phases = Divisor(phases);
-  g.by_phases_w = Divisor(g.w.phases);
-  g.by_window = Divisor(g.h.kernel * g.w.kernel);
-  g.by_kernel_w = Divisor(g.w.kernel);
-  if (!list_steps(g)) return false;
-  if (join && !join_rows(g)) return false;
-  sort_channels(g);
-  return true;
-}
 
 void set_raw_channels(GemmTile& t, int channels) {
   constexpr int kGroups = 16;
@@ -435,7 +261,7 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
                GemmPlan& best) {
   GemmProblem g{};
   GemmTile t{};
-  if (!describe(p, cells, g)) return;
+  if (!describe_cells(p, cells, g)) return;
   const bool bulk = can_copy_bulk(g);
   // A deeper stage has octets enough for blocks of two.
   const int most =
