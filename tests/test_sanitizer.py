@@ -35,6 +35,7 @@ dense = [
     Problem("patches", 2, 24, 12, 16, 40, (3, 3), (2, 2), (1, 1)),
     Problem("patches_in_a_vector", 2, 3, 20, 32, 24, (5, 5), (4, 4), (1, 1)),
     Problem("two_taps_of_patches", 2, 2, 24, 32, 24, (5, 5), (2, 2), (2, 2)),
+    Problem("snug_cells", 2, 16, 12, 16, 24, (4, 4), (2, 2), (1, 1), bias=True),
     Problem("nan", 2, 20, 9, 20, 24, (3, 3), padding=(1, 1), bias=True),
 ]
 ran = 0
