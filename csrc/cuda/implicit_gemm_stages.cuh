@@ -41,9 +41,10 @@ struct Traits {
   static constexpr int kConverterThreads = gemm_converter_threads(kColumns);
   static constexpr int kConverterWarps = kConverterThreads / kWarp;
   static constexpr int kThreads = kFirstConverter + kConverterGroups * kConverterThreads;
-  // ptxas shares registers out to groups of four warps; of a kernel's that many each.
+  // What a thread has at the launch. Of other numbers of threads ptxas would leave registers over,
+  // and setmaxnreg wait for ever for what it is not given.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static_assert(kThreads % 128 == 0);
+  static_assert(kThreads % (4 * kWarp) == 0);
   // Two accumulators and addresses for the consumers, what is left for the others.
   static constexpr int kConsumerRegisters = kColumns > kRoomyColumns ? 208
                                             : kColumns > kFewColumns ? 200

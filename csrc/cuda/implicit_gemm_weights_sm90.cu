@@ -24,7 +24,7 @@ constexpr int kThreads = 256;
 // Random weights have a few channels below GemmProblem::smallest, which do no harm; many are no
 // accident.
 constexpr int kRareChannels = 64;  // one in so many
-constexpr int kTapsOfLane = 4;     // at most, up to 32 lanes a channel
+constexpr int kTapsOfLane = 4;     // of a channel, whose taps up to 32 lanes share
 
 // Bits of the magnitude of a row's weight number `tap` of channel k.
 __device__ uint32_t magnitude_bits(const GemmProblem& g, const float* weight, int k, int tap) {
@@ -74,7 +74,7 @@ __device__ void pack_octet(const GemmProblem& g, const float* weight, const Gemm
                            __half2 (&high)[4], __half2 (&low)[4]) {
   float values[kOctet];
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) {  // without branches: all loads are on their way at once
+  for (int i = 0; i < kOctet; ++i) {  // no load waits for another
     const GemmSum sum = gemm_sum(g, sum_class, k + i);
     const int h = g.h.tap(row.phase_h, sum.phase_h, tap.h + g.h.first);
     const int w = g.w.tap(row.phase_w, sum.phase_w, tap.w + g.w.first);
