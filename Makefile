@@ -21,7 +21,7 @@ endif
 BIN        := $(VENV)/bin
 SMOKE      := $(abspath build/smoke$(if $(filter 1,$(CUDA)),-cuda))
 SOURCES    := $(shell find csrc scripts -type f 2>/dev/null) setup.py pyproject.toml conv_ops/__init__.py
-CXX_FILES  := $(shell find csrc examples -regex '.*\.\(h\|cuh\|cpp\|cu\)' 2>/dev/null)
+CXX_FILES  := $(shell find csrc examples tests -regex '.*\.\(h\|cuh\|cpp\|cu\)' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help tools build demo test wheel bench lint format docker-test clean

@@ -9,6 +9,7 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/max.cuh"
+#include "cuda/ptx/thread.cuh"
 
 namespace convops::cuda::implicit_gemm {
 
@@ -43,9 +44,7 @@ struct Cursor {
 // would be more than the converters' registers hold.
 template <typename T>
 __device__ __forceinline__ int converter_thread(int group) {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread - (kFirstConverter + group * T::kConverterThreads);
+  return ptx::thread_index() - (kFirstConverter + group * T::kConverterThreads);
 }
 template <typename T>
 __device__ __forceinline__ void sync_group(int group) {

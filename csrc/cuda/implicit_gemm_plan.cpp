@@ -256,6 +256,20 @@ GemmWorkspace lay_out(const GemmProblem& g, const GemmTile& t) {
   return w;
 }
 
+// What only the tile that is taken needs.
+void finish_plan(GemmPlan& plan) {
+  GemmTile& tile = plan.tile;
+  tile.by_units = Divisor(tile.units);
+  tile.by_row_blocks = Divisor(tile.row_blocks);
+  tile.by_row_classes = Divisor(plan.problem.row_classes);
+  tile.by_tiles_w = Divisor(tile.tiles_w);
+  tile.by_image_rows = Divisor(tile.image_rows);
+  tile.by_pitch = Divisor(tile.pitch);
+  tile.by_runs = Divisor(tile.runs);
+  place_steps(plan.problem, tile);
+  plan.workspace = lay_out(plan.problem, tile);
+}
+
 // Estimates all tiles of the problem on such cells; `best` becomes the fastest.
 void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& device,
                GemmPlan& best) {
@@ -339,16 +353,7 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
                           device, best);
     }
   if (!best.reason.empty()) return best;
-  GemmTile& tile = best.tile;
-  tile.by_units = Divisor(tile.units);
-  tile.by_row_blocks = Divisor(tile.row_blocks);
-  tile.by_row_classes = Divisor(best.problem.row_classes);
-  tile.by_tiles_w = Divisor(tile.tiles_w);
-  tile.by_image_rows = Divisor(tile.image_rows);
-  tile.by_pitch = Divisor(tile.pitch);
-  tile.by_runs = Divisor(tile.runs);
-  place_steps(best.problem, tile);
-  best.workspace = lay_out(best.problem, best.tile);
+  finish_plan(best);
   return best;
 }
 

@@ -1,0 +1,39 @@
+// Random convolutions of small integers, of which every algorithm makes the same sums.
+#pragma once
+
+#include <random>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace simulation {
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : engine_(seed) {}
+
+  // Any of least, ..., most. (What std::uniform_int_distribution returns is the library's choice.)
+  int between(int least, int most) { return least + int(engine_() % unsigned(most - least + 1)); }
+  bool one_in(int count) { return between(1, count) == 1; }
+
+ private:
+  std::mt19937 engine_;
+};
+
+struct Convolution {
+  convops::ConvProblem problem;
+  std::vector<float> source, weight, bias;  // bias: empty without
+  std::vector<float> result;                // by definition, in the order of the tensor's memory
+  std::string text;
+
+  const convops::Tensor4& source_shape() const;
+  const convops::Tensor4& result_shape() const;
+};
+
+// Themes: "any", and what of that is rare: "patches", cells of several sources that come by bulk
+// copies; "boxes", gradients of strides that leave in boxes; "rows", few and long ones, which are
+// cut; "kinds", rows that begin anywhere; "images", many and small ones.
+Convolution random_convolution(Random& random, const std::string& theme);
+
+}  // namespace simulation

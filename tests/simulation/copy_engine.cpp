@@ -1,0 +1,177 @@
+#include "copy_engine.h"
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <functional>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+namespace simulation {
+namespace {
+
+constexpr int kMostSides = 5, kGranule = 4;  // floats
+constexpr uint32_t kLargestBox = 256;
+constexpr int kBulkAlignment = 16, kBoxAlignment = 128;  // bytes
+
+// What a CUtensorMap holds here: sizes, strides in floats, the innermost dimension first.
+struct Map {
+  float* tensor;
+  int64_t sizes[kMostSides], strides[kMostSides];
+  int32_t sides;
+  uint16_t box[kMostSides];
+};
+static_assert(sizeof(Map) <= sizeof(CUtensorMap));
+
+struct Pending {
+  std::vector<std::function<void()>> asked, committed;
+};
+std::unordered_map<int, Pending> loads, stores;  // of threads
+const float *result_begin, *result_end;
+
+bool is_aligned(const void* pointer, int bytes) { return uintptr_t(pointer) % bytes == 0; }
+
+void check_shared(const void* pointer, int64_t bytes) {
+  const auto* begin = static_cast<const uint8_t*>(pointer);
+  if (begin < shared_memory || begin + bytes > shared_memory + shared_bytes)
+    fail("a copy beyond shared memory");
+}
+
+void store_result(float* to, const float* from) {
+  if (to < result_begin || to >= result_end) fail("a copy beyond the result");
+  if (__float_as_uint(*to) != kPoison) fail("a result is stored twice");
+  *to = *from;
+}
+
+// Calls visit(element of the tensor, nullptr outside of it; element in shared memory).
+template <typename Visit>
+int64_t for_box(const Map& map, const int32_t* place, float* shared, int granule, Visit visit) {
+  int64_t elements = 1;
+  for (int i = 0; i < map.sides; ++i) elements *= map.box[i];
+  check_shared(shared, elements * 4);
+  if (!is_aligned(shared, kBoxAlignment)) fail("a box at an odd address of shared memory");
+  if (place[0] % kGranule != 0) fail("a box that begins within 16 bytes");
+  for (int64_t element = 0; element < elements; ++element) {
+    int64_t rest = element, offset = 0;
+    bool inside = true;
+    for (int i = 0; i < map.sides; ++i) {
+      const int64_t at = place[i] + rest % map.box[i];
+      rest /= map.box[i];
+      const int64_t first = i == 0 ? at - (at % granule + granule) % granule : at;
+      inside &= first >= 0 && first < map.sizes[i];
+      offset += at * map.strides[i];
+    }
+    visit(inside ? map.tensor + offset : nullptr, shared + element);
+  }
+  return elements * 4;
+}
+
+Map read_map(const CUtensorMap& opaque, int sides) {
+  Map map;
+  std::memcpy(&map, &opaque, sizeof map);
+  if (map.sides != sides) fail("a map of other dimensions");
+  return map;
+}
+
+// cuTensorMapEncodeTiled, which refuses what the engine cannot have.
+CUresult encode(CUtensorMap* to, CUtensorMapDataType, cuuint32_t sides, void* tensor,
+                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
+                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  Map map{};
+  map.tensor = static_cast<float*>(tensor);
+  map.sides = int32_t(sides);
+  bool legal = sides <= kMostSides && is_aligned(tensor, kBulkAlignment) && box[0] % kGranule == 0;
+  for (cuuint32_t i = 0; legal && i < sides; ++i) {
+    const cuuint64_t stride = i == 0 ? 4 : strides[i - 1];
+    legal = sizes[i] >= 1 && sizes[i] <= cuuint64_t{1} << 32 && box[i] >= 1 &&
+            box[i] <= kLargestBox && steps[i] == 1 && stride < cuuint64_t{1} << 40 &&
+            (i == 0 || stride % kBulkAlignment == 0);
+    map.sizes[i] = int64_t(sizes[i]);
+    map.strides[i] = int64_t(stride / 4);
+    map.box[i] = uint16_t(box[i]);
+  }
+  std::memcpy(to, &map, sizeof map);
+  return legal ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+void finish(std::vector<std::function<void()>>& copies) {
+  for (const auto& copy : copies) copy();
+  copies.clear();
+}
+
+}  // namespace
+
+void watch_result(const float* begin, const float* end) {
+  result_begin = begin;
+  result_end = end;
+}
+
+void copy_float(uint32_t destination, const float* source, bool inside) {
+  float* const to = reinterpret_cast<float*>(shared_memory + destination);
+  check_shared(to, 4);
+  loads[thread_index()].asked.push_back([=] { *to = inside ? *source : 0; });
+}
+void wait_copies() { finish(loads[thread_index()].asked); }
+
+void load_bulk(void* destination, const void* source, uint32_t bytes) {
+  if (!is_aligned(destination, kBulkAlignment) || !is_aligned(source, kBulkAlignment) ||
+      bytes % kBulkAlignment != 0)
+    fail("a bulk load of what is no multiple of 16 bytes");
+  check_shared(destination, bytes);
+  std::memcpy(destination, source, bytes);
+}
+
+int64_t load_box(void* destination, const CUtensorMap& map, const int32_t (&place)[4]) {
+  return for_box(read_map(map, 4), place, static_cast<float*>(destination), 1,
+                 [](const float* from, float* to) { *to = from ? *from : 0; });
+}
+
+void store_bulk(void* destination, const void* source, uint32_t bytes) {
+  if (!is_aligned(destination, kBulkAlignment) || !is_aligned(source, kBulkAlignment) ||
+      bytes % kBulkAlignment != 0)
+    fail("a bulk store of what is no multiple of 16 bytes");
+  check_shared(source, bytes);
+  stores[thread_index()].asked.push_back([=] {
+    auto* to = static_cast<float*>(destination);
+    const auto* from = static_cast<const float*>(source);
+    for (uint32_t i = 0; i < bytes / 4; ++i) store_result(to + i, from + i);
+  });
+}
+
+// Whole granules are written, even where the tensor's row ends within one.
+void store_box(const CUtensorMap& map, const int32_t (&place)[5], const void* source) {
+  std::vector<int32_t> at(place, place + 5);
+  auto* const from = static_cast<float*>(const_cast<void*>(source));
+  stores[thread_index()].asked.push_back([=, map = read_map(map, 5)] {
+    for_box(map, at.data(), from, kGranule, [](float* to, const float* from) {
+      if (to) store_result(to, from);
+    });
+  });
+}
+
+void commit_stores() {
+  Pending& pending = stores[thread_index()];
+  for (auto& store : pending.asked) pending.committed.push_back(std::move(store));
+  pending.asked.clear();
+}
+void wait_stores() { finish(stores[thread_index()].committed); }
+
+size_t open_stores() {
+  size_t count = 0;
+  for (const auto& [thread, pending] : stores)
+    count += pending.asked.size() + pending.committed.size();
+  return count;
+}
+
+}  // namespace simulation
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, int,
+                                             cudaDriverEntryPointQueryResult* result) {
+  using simulation::encode;
+  if (name == std::string_view("cuTensorMapEncodeTiled")) *entry = reinterpret_cast<void*>(encode);
+  *result = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}

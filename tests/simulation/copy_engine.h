@@ -1,0 +1,33 @@
+// The copy engine: boxes and pieces between global and shared memory, under its rules. Copies are
+// asynchronous: what is loaded is there, and what is stored is read, only at the last moment, when
+// the thread that asked for it waits. Bulk loads are there at once.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace simulation {
+
+// Where results may be stored: what else is written there must be poison before.
+constexpr uint32_t kPoison = 0x7fbadbad;
+void watch_result(const float* begin, const float* end);
+
+// By any thread, four bytes to an address in shared memory.
+void copy_float(uint32_t destination, const float* source, bool inside);
+void wait_copies();
+
+void load_bulk(void* destination, const void* source, uint32_t bytes);
+// Returns the bytes of the box.
+int64_t load_box(void* destination, const CUtensorMap& map, const int32_t (&place)[4]);
+
+void store_bulk(void* destination, const void* source, uint32_t bytes);
+void store_box(const CUtensorMap& map, const int32_t (&place)[5], const void* source);
+void commit_stores();
+void wait_stores();
+
+// Stores that were asked for and never waited for: none, when a block has ended.
+size_t open_stores();
+
+}  // namespace simulation

@@ -1,0 +1,12 @@
+// wgmma, as csrc/cuda/ptx/wgmma.cuh describes it: the four warps of a warpgroup multiply together.
+#pragma once
+
+#include <cstdint>
+
+namespace simulation {
+
+// D (64 × columns) = A (64 × 16) · B (16 × columns) + D; d: the thread's elements, columns / 2. a
+// and b: of each operand's descriptor the lower word. All threads meet, then everything is done.
+void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate);
+
+}  // namespace simulation

@@ -1,0 +1,28 @@
+// Stands for csrc/cuda/ptx/wgmma.cuh.
+#pragma once
+
+#include "tensor_cores.h"
+
+namespace convops::cuda::ptx {
+
+// The lower word of a descriptor, as there.
+struct Matrix {
+  uint32_t low;
+
+  Matrix operator+(int rows) const { return {low + rows}; }
+};
+inline Matrix matrix(uint32_t address, uint32_t plane) {
+  return {(address & 0x3ffff) >> 4 | plane >> 4 << 16};
+}
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int kPending>
+void wgmma_wait() {}
+
+template <int kRegisters>
+void wgmma(float (&d)[kRegisters], Matrix a, Matrix b, int accumulate) {
+  simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0);
+}
+
+}  // namespace convops::cuda::ptx

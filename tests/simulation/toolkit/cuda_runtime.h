@@ -1,0 +1,129 @@
+// Stands for the toolkit's header and for what nvcc has built in: enough of CUDA to compile the
+// kernels of implicit_gemm for the host. What threads do together is in block.h. A kernel that uses
+// another built-in fails to compile here: then that one belongs here as well.
+#pragma once
+
+#include <math.h>
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "block.h"
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+// Blocks run one after the other. `extern __shared__`, which this would break, is the translation's
+// in test_simulation.py.
+#define __shared__ static
+// Empty statements that only nvcc's choice of registers heeds, whose operands g++ would refuse.
+#define asm(...)
+
+// Vectors are aligned as on the device, so that the sanitizer sees what is not.
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+struct dim3 {
+  unsigned x = 1, y = 1;
+  dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
+};
+inline dim3 threadIdx, blockIdx, gridDim;  // of the thread that runs
+
+template <typename T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline int __ffs(uint32_t bits) { return __builtin_ffs(int(bits)); }
+// Addresses in shared memory count from its start.
+inline size_t __cvta_generic_to_shared(const void* pointer) {
+  return size_t(static_cast<const uint8_t*>(pointer) - simulation::shared_memory);
+}
+
+inline void __syncwarp() { simulation::exchange(0); }
+inline void __syncthreads() { simulation::count_threads(false); }
+inline int __syncthreads_or(int predicate) { return simulation::count_threads(predicate != 0) > 0; }
+inline int __syncthreads_count(int predicate) { return simulation::count_threads(predicate != 0); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return std::bit_cast<T>(simulation::exchange(std::bit_cast<uint32_t>(value))[lane]);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int apart) {
+  return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ apart);
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  uint32_t most = 0;
+  for (const uint32_t other : simulation::exchange(value)) most = max(most, other);
+  return most;
+}
+inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
+  return ~__reduce_max_sync(~0u, ~value);
+}
+inline uint32_t __ballot_sync(unsigned, bool predicate) {
+  uint32_t bits = 0, bit = 1;
+  for (const uint32_t other : simulation::exchange(predicate)) {
+    if (other) bits |= bit;
+    bit <<= 1;
+  }
+  return bits;
+}
+inline bool __all_sync(unsigned mask, bool predicate) {
+  return __ballot_sync(mask, predicate) == ~0u;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+constexpr int cudaEnableDefault = 0;
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+// The driver's functions are found by their names: copy_engine.cpp has the only one.
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned version,
+                                             int flags, cudaDriverEntryPointQueryResult* result);
+
+namespace simulation {
+
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), as the translation in
+// test_simulation.py writes it: launch(kernel, grid, threads, shared_bytes, stream)(arguments...).
+template <typename Kernel>
+auto launch(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t) {
+  return [=](const auto&... arguments) {
+    gridDim = grid;
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x)
+        run_block(
+            threads, shared_bytes,
+            [&](int thread) {
+              threadIdx = dim3(thread);
+              blockIdx = dim3(x, y);
+            },
+            [&] { kernel(arguments...); });
+  };
+}
+
+}  // namespace simulation
