@@ -315,7 +315,7 @@ struct GemmSharedMemory {
 
   static constexpr int kHeader = 7040;  // barriers and notes: every byte is one less for tiles
 
-  CONVOPS_HOST_DEVICE explicit GemmSharedMemory(const GemmTile& t) {
+  explicit GemmSharedMemory(const GemmTile& t) {
     weights = kHeader;
     raw = weights +
           (t.resident_bytes > 0 ? t.resident_bytes : t.weight_stages * t.weight_stage_bytes);
@@ -338,6 +338,7 @@ struct GemmPlan {
   double seconds;
   GemmWorkspace workspace;
 };
+
 // What there is to choose for the problem on cells: their size, whether they are snug, rows and
 // sums are in classes and an image is one row, and how many octets a block of the sum has.
 struct CellChoice {

@@ -40,8 +40,7 @@ struct Cursor {
   }
 };
 
-// Of the group. Read anew wherever it is used: what the compiler derives from it ahead of the loop
-// would be more than the converters' registers hold.
+// Of the group.
 template <typename T>
 __device__ __forceinline__ int converter_thread(int group) {
   return ptx::thread_index() - (kFirstConverter + group * T::kConverterThreads);

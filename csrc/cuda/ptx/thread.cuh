@@ -1,9 +1,10 @@
-// What a thread is.
+// Which thread runs.
 #pragma once
 
 namespace convops::cuda::ptx {
 
-// threadIdx.x, read anew at every call: of that, the compiler keeps what it derives from it.
+// threadIdx.x, read anew wherever it is used: what the compiler derives from that one ahead of a
+// loop may be more than a thread's registers hold.
 __device__ __forceinline__ int thread_index() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
