@@ -132,6 +132,18 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def losses(rows: Sequence[Row]) -> list[str]:
+    """The rows in which conv_ops is slower than the better rival, the worst first."""
+    slower = sorted(
+        (row for row in rows if row.ratio and row.ratio < 1), key=lambda r: r.ratio or 0
+    )
+    return [
+        f"{row.problem} {DIRECTION_NAMES[row.direction]} {row.precision} {row.layout} "
+        f"({_algorithm(row)}) {_number(row.ratio, '.2f')}"
+        for row in sorted(slower, key=lambda row: row.ratio or 0)
+    ]
+
+
 def result_stem(directory: Path, machine: dict[str, Any], name: str) -> Path:
     """The result files' path without suffix: <date>-<device>-<name>."""
     date = datetime.fromisoformat(machine["date"]).date()
@@ -185,6 +197,8 @@ def save_markdown(path: Path, content: dict[str, Any], rows: Sequence[Row]) -> N
         "tells how.",
         "",
         *(f"- {text}" for text in summary(rows)),
+        "",
+        f"Slower than the better rival: {'; '.join(losses(rows)) or 'none'}.",
         "",
         "Problems: " + "; ".join(shapes) + ".",
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 Pair = tuple[int, int]
@@ -159,6 +160,56 @@ GROUPED = [
 
 DILATED = [Problem("deeplab_d4", 8, 256, 65, 65, 256, (3, 3), padding=(4, 4), dilation=(4, 4))]
 
+# Every distinct depthwise or grouped layer at 224x224, padded by half the kernel: channels, size of
+# the image, kernel, stride. ConvNeXt-T (Liu et al. 2022), EfficientNet-B0 as in timm, the others as
+# in torchvision.
+_NETWORKS: dict[str, list[tuple[int, int, int, int]]] = {
+    "convnext_t": [(96, 56, 7, 1), (192, 28, 7, 1), (384, 14, 7, 1), (768, 7, 7, 1)],
+    "efficientnet_b0": [
+        *((32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (144, 56, 5, 2), (240, 28, 5, 1)),
+        *((240, 28, 3, 2), (480, 14, 3, 1), (480, 14, 5, 1), (672, 14, 5, 1), (672, 14, 5, 2)),
+        *((1152, 7, 5, 1), (1152, 7, 3, 1)),
+    ],
+    "mobilenet_v3_l": [
+        *((16, 112, 3, 1), (64, 112, 3, 2), (72, 56, 3, 1), (72, 56, 5, 2), (120, 28, 5, 1)),
+        *((240, 28, 3, 2), (200, 14, 3, 1), (184, 14, 3, 1), (480, 14, 3, 1), (672, 14, 3, 1)),
+        *((672, 14, 5, 2), (960, 7, 5, 1)),
+    ],
+    "resnext50": [
+        *((128, 56, 3, 1), (256, 56, 3, 2), (256, 28, 3, 1), (512, 28, 3, 2), (512, 14, 3, 1)),
+        *((1024, 14, 3, 2), (1024, 7, 3, 1)),
+    ],
+    "regnet_y_800mf": [
+        *((64, 112, 3, 2), (64, 56, 3, 1), (144, 56, 3, 2), (144, 28, 3, 1), (320, 28, 3, 2)),
+        *((320, 14, 3, 1), (784, 14, 3, 2), (784, 7, 3, 1)),
+    ],
+}
+
+
+def _layers(network: str, groups: Callable[[int], int]) -> list[Problem]:
+    """The layers of a network, for one image and for 64; `groups` of so many channels."""
+    return [
+        Problem(
+            f"{network}_{c}x{size}_{kernel}x{kernel}_s{stride}_b{batch}",
+            *(batch, c, size, size, c, (kernel, kernel), (stride, stride)),
+            padding=(kernel // 2, kernel // 2),
+            groups=groups(c),
+        )
+        for batch in (1, 64)
+        for c, size, kernel, stride in _NETWORKS[network]
+    ]
+
+
+DEPTHWISE_LAYERS = [
+    problem
+    for network in ("convnext_t", "efficientnet_b0", "mobilenet_v3_l")
+    for problem in _layers(network, lambda channels: channels)
+]
+GROUPED_LAYERS = [
+    *_layers("resnext50", lambda channels: 32),
+    *_layers("regnet_y_800mf", lambda channels: channels // 16),
+]
+
 # What breaks kernels: everything odd, one-sided or degenerate, small enough for every test.
 ODD = [
     Problem("one_pixel", 1, 1, 1, 1, 1, (1, 1)),
@@ -229,5 +280,8 @@ SMALL = ODD + WIDE + SCALED
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
-    for problem in [*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DILATED, *ODD, *WIDE, *HUGE]
+    for problem in [
+        *(*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DEPTHWISE_LAYERS, *GROUPED_LAYERS),
+        *(*DILATED, *ODD, *WIDE, *HUGE),
+    ]
 }
