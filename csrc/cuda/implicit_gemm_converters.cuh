@@ -79,16 +79,18 @@ __device__ __forceinline__ void load_source_bulk(const GemmProblem& g, const Gem
   ptx::expect_bytes(full, kinds * t.raw_cells * t.raw_channels * 4);
   note.job = job;
   note.outside = kinds > 1 ? max(0, -tile.column) : 0;
+  uint32_t skews = 0;
 #pragma unroll 1
   for (int i = 0; i < kinds; ++i) {
     const int h = first_h + i, kind = h & (kinds - 1), column = map_column(g, kind, first_w);
     const int skew = column & (kVector - 1);
-    note.skews[i] = uint8_t(skew);
+    skews |= skew << kSkewBits * i;
     const int32_t place[4] = {column - skew, h >> t.source_kinds_log,
                               tile.channel + g.by_phases.quotient(block * g.block_sums),
                               tile.image};
     ptx::copy_box(raw + i * t.raw_box, &operands.source_maps[kind], place, full);
   }
+  note.skews = skews;
   ptx::barrier_arrive(full);  // what is noted is seen behind it
 }
 
@@ -271,8 +273,7 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
                                                const float* raw, const RawNote& note,
                                                const int* offsets, uint4* stage, float factor,
                                                uint8_t* bad_jobs, int thread) {
-  // Read once: cells' addresses wait for it.
-  const uint32_t skews = *reinterpret_cast<const uint32_t*>(note.skews);
+  const uint32_t skews = note.skews;  // read once: cells' addresses wait for it
 #pragma unroll 1
   for (int i = thread; i < t.depth * t.source_cells; i += T::kConverterThreads) {
     int cell = i, block = 0;
@@ -284,7 +285,8 @@ __device__ __forceinline__ void convert_source(const GemmProblem& g, const GemmT
     if constexpr (kRun == 0) {
       const int box = row & ((1 << t.source_kinds_log) - 1);
       from += block * kOctets * kOctet * t.raw_cells + box * t.raw_box +
-              int(skews >> 8 * box & 0xff) + (row >> t.source_kinds_log) * t.raw_pitch + column;
+              int(skews >> kSkewBits * box & (kVector - 1)) +
+              (row >> t.source_kinds_log) * t.raw_pitch + column;
     } else {
       from += row * (g.h.phases >> t.source_kinds_log) * t.raw_pitch + column * g.w.phases;
       runs += block * (kOctets * kOctet / kRun);

@@ -72,13 +72,18 @@ struct RowNote {
   RowPlace place;
 };
 
+// Of the skews that one number holds; each is below kVector.
+constexpr int kSkewBits = 2;
+static_assert(1 << kSkewBits == kVector && kMaxSourceKinds * kSkewBits <= 32);
+
 // A raw stage.
 struct RawNote {
   int job;  // whose cells it holds
   // How many cells at the begin of a row lie outside the source, though not outside of what a box
-  // has; and the floats before the tile in a row of each box. Without bulk copies zeros.
+  // has; and the floats before the tile in a row of each box, kSkewBits a box. Without bulk copies
+  // zeros.
   int outside;
-  uint8_t skews[kMaxSourceKinds];
+  uint32_t skews;
 };
 
 // Barriers and notes at the start of shared memory.
