@@ -3,11 +3,10 @@
 // three directions; the algorithm that can always run. float32 is IEEE whatever the precision asked
 // for.
 //
-//                    rows m        columns n        sum k
-//   forward          out channel   output pixel     tap (c, kh, kw)      A = weight, B = input
-//   backward-input   in channel    input pixel      tap (o, kh, kw)      A = weight, B =
-//   grad_output backward-weight  out channel   tap (c, kh, kw)  output pixel         A =
-//   grad_output, B = input
+//                    rows m        columns n        sum k            A            B
+//   forward          out channel   output pixel     tap (c, kh, kw)  weight       input
+//   backward-input   in channel    input pixel      tap (o, kh, kw)  weight       grad_output
+//   backward-weight  out channel   tap (c, kh, kw)  output pixel     grad_output  input
 //
 // A block computes one tile of one group. B is gathered: a pixel gives a base and coordinates, a
 // tap gives offsets, and what falls outside is zero. Pixels are the fastest index of a warp's loads
@@ -17,6 +16,7 @@
 
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
+#include "cuda/definition.cuh"
 #include "cuda/types.cuh"
 #include "integers.h"
 
@@ -211,6 +211,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (m >= rows) continue;
       const int64_t channel = group * rows + m;
       Sum value = sums[i][j];
+      if (kInput && value != value)
+        value = backward_input_element(p, tensor, weight, image, channel, h, w);
       if (bias) value += convert<Sum>(bias[channel * p.bias_stride]);
       place[channel * out.stride[1]] = convert<T>(value);
     }
