@@ -4,8 +4,6 @@
 // A gather: one thread owns one input element and walks the taps in order, so there is no atomic,
 // the order of the sum is fixed and the result is rounded once. Loads are coalesced along W for
 // stride 1.
-#include <algorithm>
-
 #include "cuda/check.h"
 #include "cuda/im2col.h"
 #include "cuda/types.cuh"
@@ -14,7 +12,6 @@ namespace convops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxGridY = 65535;
 
 // Index as in im2col.cu. Registers for 6 blocks a multiprocessor: left alone ptxas spills to fit 8.
 template <typename T, typename Column, typename Index>
@@ -60,8 +57,8 @@ template <typename T, typename Column>
 void launch(const ConvProblem& p, const Columns& columns, const Chunk& rows, void* input,
             cudaStream_t stream) {
   const int64_t pixels = rows.images * rows.rows * p.input_size().w;
-  const dim3 grid(unsigned((pixels + kThreads - 1) / kThreads),
-                  unsigned(std::min<int64_t>(p.in_channels(), kMaxGridY)));
+  const int64_t blocks = (pixels + kThreads - 1) / kThreads;
+  const dim3 grid(unsigned(blocks), channel_blocks(p.in_channels(), blocks));
   T* data = static_cast<T*>(input);
   if (pixels + kThreads <= INT32_MAX)
     col2im_kernel<T, Column, int32_t>

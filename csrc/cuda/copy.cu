@@ -8,26 +8,39 @@
 #include "cuda/check.h"
 #include "cuda/im2col.h"
 #include "cuda/types.cuh"
+#include "integers.h"
 
 namespace convops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
+struct Divisors {
+  Divisor size[4];
+
+  Divisors() = default;
+  explicit Divisors(const Tensor4& t) {
+    for (int i = 0; i < 4; ++i) size[i] = Divisor(t.size[i]);
+  }
+};
+
+// Index: 32 bits where they suffice; only they have fast divisions.
 template <typename To, typename From, typename Index>
 __global__ void __launch_bounds__(kThreads)
     copy_kernel(const __grid_constant__ Tensor4 to, To* __restrict__ destination,
                 const __grid_constant__ Tensor4 from, const From* __restrict__ source,
-                Index elements) {
+                const __grid_constant__ Divisors by, Index elements) {
   const Index element = Index(blockIdx.x) * kThreads + threadIdx.x;
   if (element >= elements) return;
   Index rest = element;
   int64_t to_offset = 0, from_offset = 0;
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
-    const Index size = Index(to.size[i]);
-    const Index index = rest % size;
-    rest /= size;
+    if (to.size[i] == 1) continue;  // the same for all threads
+    Index quotient = 0;
+    if (i > 0) quotient = sizeof(Index) == 4 ? by.size[i].quotient(rest) : rest / to.size[i];
+    const Index index = i > 0 ? rest - quotient * Index(to.size[i]) : rest;
+    rest = quotient;
     to_offset += index * to.stride[i];
     from_offset += index * from.stride[i];
   }
@@ -42,9 +55,11 @@ void launch(const Tensor4& to, void* destination, const Tensor4& from, const voi
   To* out = static_cast<To*>(destination);
   const From* in = static_cast<const From*>(source);
   if (elements + kThreads <= INT32_MAX)
-    copy_kernel<To, From, int32_t><<<grid, kThreads, 0, stream>>>(to, out, from, in, elements);
+    copy_kernel<To, From, int32_t>
+        <<<grid, kThreads, 0, stream>>>(to, out, from, in, Divisors(to), elements);
   else
-    copy_kernel<To, From, int64_t><<<grid, kThreads, 0, stream>>>(to, out, from, in, elements);
+    copy_kernel<To, From, int64_t>
+        <<<grid, kThreads, 0, stream>>>(to, out, from, in, Divisors(), elements);
   CONVOPS_LAUNCH_CHECK("copy");
 }
 
@@ -60,6 +75,19 @@ void sort_by_stride(Tensor4& to, Tensor4& from) {
       }
 }
 
+// Makes one dimension of two where the elements of both tensors go on, such as height and width.
+void merge_dimensions(Tensor4& to, Tensor4& from) {
+  const auto goes_on = [](const Tensor4& t, int i) {
+    return t.stride[i] == t.size[i + 1] * t.stride[i + 1];
+  };
+  for (int i = 2; i >= 0; --i)
+    if (goes_on(to, i) && goes_on(from, i))
+      for (Tensor4* t : {&to, &from}) {
+        t->size[i] *= std::exchange(t->size[i + 1], 1);
+        t->stride[i] = t->stride[i + 1];
+      }
+}
+
 }  // namespace
 
 void copy(const Tensor4& destination_shape, void* destination, DType destination_dtype,
@@ -67,6 +95,7 @@ void copy(const Tensor4& destination_shape, void* destination, DType destination
   if (destination_shape.numel() == 0) return;
   Tensor4 to = destination_shape, from = source_shape;
   sort_by_stride(to, from);
+  merge_dimensions(to, from);
   const auto s = static_cast<cudaStream_t>(stream);
   // One of the two is the problem's dtype; where they differ the other is that of its sums.
   const bool widening = destination_dtype == DType::kFloat32;

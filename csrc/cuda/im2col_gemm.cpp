@@ -10,6 +10,7 @@
 // hold it to that).
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "cuda/algorithms.h"
 #include "cuda/gemm.h"
@@ -22,8 +23,7 @@ namespace {
 // Large: chunks that stay in L2 (32 MB) are products too small to fill an H200 and took up to twice
 // as long as these (docs/im2col_gemm.md).
 constexpr int64_t kChunkBytes = int64_t{1024} << 20;
-// Images with fewer pixels are packed side by side for backward-weight: one product with a long sum
-// instead of many with a short one.
+// Images with fewer pixels are small ones, see packs_pixels.
 constexpr int64_t kFewPixels = 4096;
 // Pixels that backward-weight sums in one product. cuBLAS adds them up in float32 whatever their
 // number; longer sums had up to three times cuDNN's error, several short ones have less than it.
@@ -43,6 +43,7 @@ constexpr double kTilePixels = 128;
 // where a stride gathers from many sectors, at most from one for each element; with a stride
 // col2im's loads are far apart, too.
 constexpr double kIm2colPasses = 1, kPassesPerStride = 0.17, kMostPasses = 6, kCol2imPasses = 5.5;
+constexpr double kPackingPasses = 2;
 constexpr double kLaunchSeconds = 3.4e-6;
 
 int64_t aligned(int64_t bytes) { return round_up(bytes, kAlignment); }
@@ -88,22 +89,39 @@ PixelMatrix pixel_matrix(const Tensor4& t, void* data, DType dtype, const Chunk&
           t.stride[0], t.stride[1], pixel_stride(t)};
 }
 
+// Whether the pixels of small images are packed side by side, one product for all of them. For
+// backward-weight because it would be a product for each image; otherwise because tensor cores take
+// rows that do not begin at multiples of 16 bytes, as of 7×7, at half speed and less. (At 8 the
+// copies of a 1×1 convolution cost what they gain.)
+bool packs_pixels(const ConvProblem& p) {
+  const bool fma = p.dtype == DType::kFloat32 && p.precision == Precision::kIeee;
+  const bool small = p.batch() > 1 && p.output_pixels() < kFewPixels && pixel_stride(p.output) == 1;
+  if (p.direction == Direction::kBackwardWeight) return small;
+  if (p.dtype == DType::kFloat64 || fma) return false;
+  const int64_t aligned_bytes = p.is_pointwise() ? 8 : 16;
+  return small && p.output_pixels() * element_size(p.dtype) % aligned_bytes != 0;
+}
+
 // The input is its own column matrix and is read (backward-input: written) in place.
 bool skips_im2col(const ConvProblem& p) {
-  return p.is_pointwise() && is_pixel_matrix(p.input, p.group_in_channels());
+  return p.is_pointwise() && is_pixel_matrix(p.input, p.group_in_channels()) && !packs_pixels(p);
 }
 
 // Whether the gradient of the output must be copied into the chunk.
 bool packs_output(const ConvProblem& p) {
   if (p.direction == Direction::kForward) return false;
-  if (!is_pixel_matrix(p.output, p.group_out_channels())) return true;
+  if (!is_pixel_matrix(p.output, p.group_out_channels()) || packs_pixels(p)) return true;
   return p.direction == Direction::kBackwardWeight && p.output_pixels() < kFewPixels;
 }
 
-// cuBLAS may round a 16-bit product before it adds it to what is there: with a bias the sum is made
-// in float32 and rounded as it is copied out.
-bool stages_output(const ConvProblem& p) {
-  return p.direction == Direction::kForward && p.has_bias && p.dtype != sum_dtype(p.dtype);
+// The dtype in which the output is made in the workspace before it is copied out; std::nullopt
+// where it is made in place. cuBLAS may round a 16-bit product before it adds it to what is there:
+// with a bias the sum is made in float32 and rounded as it is copied.
+std::optional<DType> staged_dtype(const ConvProblem& p) {
+  if (p.direction != Direction::kForward) return std::nullopt;
+  if (p.has_bias && p.dtype != sum_dtype(p.dtype)) return sum_dtype(p.dtype);
+  if (packs_pixels(p)) return p.dtype;
+  return std::nullopt;
 }
 
 bool packs_weight(const ConvProblem& p) {
@@ -120,7 +138,7 @@ int64_t row_bytes(const ConvProblem& p) {
       skips_im2col(p) ? 0 : p.groups * p.taps() * element_size(columns_dtype(p));
   int64_t output = 0;
   if (packs_output(p)) output = p.out_channels() * element_size(p.dtype);
-  if (stages_output(p)) output = p.out_channels() * element_size(sum_dtype(p.dtype));
+  if (const auto staged = staged_dtype(p)) output = p.out_channels() * element_size(*staged);
   return (columns + output) * p.output_size().w;
 }
 
@@ -166,8 +184,8 @@ class Run {
     for_each_output_chunk([&](const Chunk& chunk) {
       const PixelMatrix columns = input_columns(chunk);
       const PixelMatrix output = pixel_matrix(p_.output, operands_.output, p_.dtype, chunk);
-      const PixelMatrix result =
-          stages_output(p_) ? packed_output(chunk, sum_dtype(p_.dtype)) : output;
+      const auto staged = staged_dtype(p_);
+      const PixelMatrix result = staged ? packed_output(chunk, *staged) : output;
       if (p_.has_bias) {
         Tensor4 bias = chunk_shape(chunk, result);
         for (int i = 0; i < 4; ++i) bias.stride[i] = i == 1 ? p_.bias_stride : 0;
@@ -176,7 +194,7 @@ class Run {
       }
       multiply_pixels(weight, p_.group_out_channels(), p_.taps(), columns, result, chunk,
                       p_.has_bias ? Accumulate::kYes : Accumulate::kNo);
-      if (stages_output(p_))
+      if (staged)
         copy(chunk_shape(chunk, output), output.data, p_.dtype, chunk_shape(chunk, result),
              result.data, result.dtype, stream_);
     });
@@ -346,14 +364,17 @@ class Im2colGemm final : public Algorithm {
       rate *= kTf32Speedup;
     const double rows = double(p.group_out_channels());
     double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
+    const bool packs = packs_pixels(p);
     if (p.dtype == DType::kFloat32 && p.precision == Precision::kTf32) {
-      const double pixels = double(std::max<int64_t>(1, p.output_pixels()));
+      const double images = packs ? double(p.batch()) : 1;
+      const double pixels = images * double(std::max<int64_t>(1, p.output_pixels()));
       tiles *= std::ceil(pixels / kTilePixels) * kTilePixels / pixels;
     }
     const double stride = double(p.stride.h * p.stride.w);
-    const double passes = p.direction == Direction::kBackwardInput
-                              ? kCol2imPasses * stride
-                              : std::min(kIm2colPasses + kPassesPerStride * stride, kMostPasses);
+    double passes = p.direction == Direction::kBackwardInput
+                        ? kCol2imPasses * stride
+                        : std::min(kIm2colPasses + kPassesPerStride * stride, kMostPasses);
+    if (p.is_pointwise()) passes = kPackingPasses;
     const double column_bytes = skips_im2col(p) ? 0
                                                 : double(p.groups * p.taps()) * double(p.batch()) *
                                                       double(p.output_pixels()) *
@@ -365,9 +386,12 @@ class Im2colGemm final : public Algorithm {
     const double multiply = p.flops() * tiles / rate;
     const double bandwidth = device.bandwidth * kBandwidthShare;
     const double written = double(p.result().numel()) * double(element_size(p.dtype));
-    const double memory = (p.bytes() + kWrites * written + column_bytes) / bandwidth;
+    // Packed outputs are written and read once more.
+    const double output = double(p.output.numel()) * double(element_size(p.dtype));
+    const double packed = packs ? kPackingPasses * output : 0;
+    const double memory = (p.bytes() + kWrites * written + column_bytes + packed) / bandwidth;
     return std::max(multiply, memory) + passes * column_bytes / bandwidth +
-           (2 + 2 * chunks + calls) * kLaunchSeconds;
+           (2 + 2 * chunks + calls + (packs ? chunks : 0)) * kLaunchSeconds;
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device&) const override {

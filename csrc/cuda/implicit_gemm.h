@@ -21,6 +21,7 @@
 #include <string>
 
 #include "algorithm.h"
+#include "integers.h"
 
 namespace convops::cuda {
 
@@ -59,31 +60,6 @@ inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages =
 
 // Floats between staged rows: an odd multiple of 8, against bank conflicts.
 constexpr int gemm_stage_pitch(int columns) { return columns / 16 * 16 + 24; }
-
-// Division by a number the host knows: a multiplication (Granlund & Montgomery 1994). Dividends are
-// below 2^31. By 1 it has no such multiplication, and a branch for that would cost a predicate, of
-// which the kernels have few: then `whole` lets all bits of the dividend pass.
-struct Divisor {
-  unsigned value = 1, magic = 0, shift = 0, whole = ~0u;
-
-  Divisor() = default;
-  explicit Divisor(int64_t divisor) : value(unsigned(divisor)) {
-    if (value == 1) return;
-    whole = 0;
-    while ((int64_t{1} << (shift + 1)) < divisor) ++shift;  // floor of log2(divisor - 1)
-    magic = unsigned(((int64_t{1} << (32 + shift)) + value - 1) / value);
-  }
-  CONVOPS_HOST_DEVICE int quotient(int dividend) const {
-#ifdef __CUDA_ARCH__
-    return int(__umulhi(unsigned(dividend), magic) >> shift | (unsigned(dividend) & whole));
-#else
-    return dividend / int(value);
-#endif
-  }
-  CONVOPS_HOST_DEVICE int remainder(int dividend) const {
-    return dividend - quotient(dividend) * int(value);
-  }
-};
 
 // One spatial axis of the problem on cells.
 struct GemmAxis {
