@@ -265,6 +265,19 @@ WIDE = [
     Problem("snug_from_4_places", 2, 8, 20, 87, 24, (7, 3), (4, 1), (1, 1), bias=True),
 ]
 
+# A few channels in each of several groups: fewer than a tile of 8, several groups to a tile, more
+# than a block's tiles, and rows that are copied in vectors of 1, 2 and 4 numbers.
+FEW_A_GROUP = [
+    Problem("groups_of_3", 3, 15, 9, 13, 15, (3, 3), padding=(1, 1), groups=5),
+    Problem("groups_of_2_strided", 3, 18, 7, 12, 18, (3, 3), (2, 2), (1, 1), groups=9),
+    Problem("groups_of_8_rows_of_56", 2, 16, 10, 56, 16, (3, 3), padding=(1, 1), groups=2),
+    Problem("groups_of_16_rows_of_14", 3, 32, 14, 14, 32, (3, 3), padding=(1, 1), groups=2),
+    Problem("groups_of_12_to_20", 2, 24, 15, 28, 40, (3, 3), (2, 2), (1, 1), groups=2),
+    Problem("groups_of_40_to_24", 2, 80, 9, 18, 48, (3, 3), padding=(1, 1), groups=2),
+    Problem("groups_in_strips", 1, 8, 6, 130, 8, (3, 3), padding=(0, 1), groups=2),
+    Problem("groups_of_8_pointwise", 3, 24, 9, 16, 24, (1, 1), groups=3),
+]
+
 # Tensors of more than 2^31 elements (GPU with more than 40 GB only).
 HUGE = [
     Problem("huge_output", 2, 1, 32768, 16384, 3, (1, 3)),
@@ -276,12 +289,12 @@ SCALED = [
     problem.scaled(20_000)
     for problem in [*KERNELBENCH, RESNET50[0], *DEPTHWISE[:-1], *GROUPED, *DILATED]
 ]
-SMALL = ODD + WIDE + SCALED
+SMALL = ODD + WIDE + FEW_A_GROUP + SCALED
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
     for problem in [
         *(*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DEPTHWISE_LAYERS, *GROUPED_LAYERS),
-        *(*DILATED, *ODD, *WIDE, *HUGE),
+        *(*DILATED, *ODD, *WIDE, *FEW_A_GROUP, *HUGE),
     ]
 }

@@ -7,6 +7,7 @@ AlgorithmList make_cuda_algorithms() {
   list.push_back(cuda::make_implicit_gemm());
   list.push_back(cuda::make_im2col_gemm());
   list.push_back(cuda::make_depthwise());
+  list.push_back(cuda::make_grouped_weight());
   list.push_back(cuda::make_direct());
   return list;
 }
