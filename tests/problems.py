@@ -233,6 +233,13 @@ ODD = [
     Problem("grouped_many", 2, 32, 9, 9, 32, (3, 3), padding=(1, 1), groups=8),
     Problem("depthwise", 2, 8, 15, 14, 8, (3, 3), padding=(1, 1), groups=8, bias=True),
     Problem("depthwise_multiplier", 2, 6, 12, 13, 18, (5, 3), (2, 1), (2, 1), groups=6, bias=True),
+    # Tiles, steps of several images, chunks of them, and the kernels of run-time size.
+    Problem("depthwise_tiles", 2, 2, 61, 141, 2, (3, 3), groups=2),
+    Problem("depthwise_many_images", 45, 3, 14, 13, 3, (7, 7), padding=(3, 3), groups=3),
+    Problem("depthwise_5x5_s2", 2, 4, 28, 30, 4, (5, 5), (2, 2), (2, 2), groups=4),
+    Problem("depthwise_dilated", 2, 6, 20, 17, 6, (3, 3), (1, 1), (2, 4), (2, 3), groups=6),
+    Problem("depthwise_4x7", 5, 3, 19, 16, 6, (4, 7), (3, 2), (1, 3), groups=3),
+    Problem("depthwise_6x8", 2, 3, 9, 40, 3, (6, 8), padding=(2, 3), groups=3),
     Problem("depthwise_large", 1, 4, 33, 30, 4, (31, 29), padding=(15, 14), groups=4),
     Problem("many_channels", 1, 130, 6, 5, 70, (3, 3), padding=(1, 1), bias=True),
     Problem("many_images", 33, 3, 7, 7, 8, (3, 3), padding=(1, 1)),

@@ -8,6 +8,7 @@ AlgorithmList make_cuda_algorithms() {
   list.push_back(cuda::make_im2col_gemm());
   list.push_back(cuda::make_depthwise());
   list.push_back(cuda::make_grouped_weight());
+  list.push_back(cuda::make_depthwise_weight());
   list.push_back(cuda::make_direct());
   return list;
 }

@@ -14,6 +14,17 @@ __device__ __forceinline__ void copy_float(uint32_t destination, const float* so
                "r"(inside ? 4 : 0)
                : "memory");
 }
+// 4, 8 or 16 bytes; both addresses are multiples of it. 16 bypass L1.
+template <int kBytes>
+__device__ __forceinline__ void copy_bytes(uint32_t destination, const void* source) {
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(destination), "l"(source),
+                 "n"(kBytes)
+                 : "memory");
+}
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -1,0 +1,441 @@
+// Backward-weight of depthwise convolutions (any channel multiplier) on tensors with dense rows.
+// Every weight gradient is a dot product of a grad_output plane and a shifted input plane, summed
+// over the images; the work is bound by memory (small kernels) or FMA (7×7), so both tensors are
+// read once and everything else stays on the chip:
+//
+//   block      one output channel, one tile of its plane, a chunk of the images. It copies the
+//              tile's rectangle of grad_output and the input under it, halo included, to shared
+//              memory as fp32, a few images a step. What lies outside of the tensors is zero there:
+//              the same places for every image, so they are cleared once.
+//   thread     a strip: 4 columns by kStripRows rows of gradients of one image. It slides down the
+//              input rows with 16-byte reads and keeps one sum a tap in registers for all images.
+//   block end  warps add their lanes' sums with shuffles, then the block its warps': a partial sum
+//              of every tap, or the result where the block had it all.
+//   reduction  a second kernel adds the partial sums of a weight in order.
+//
+// The kernels of the table have their sizes compiled in. The others (run-time sizes, dilation)
+// share all but the strips: there a warp owns some of the taps and its lanes walk over the tile.
+#include <algorithm>
+
+#include "cuda/algorithms.h"
+#include "cuda/check.h"
+#include "cuda/depthwise_weight_sums.cuh"
+#include "integers.h"
+
+namespace convops::cuda {
+namespace {
+
+using namespace depthwise_weight;
+
+// The block's sum of one tap by its definition: products of real elements only.
+template <typename T>
+__device__ float exact_sum(const Gradient& p, const Tile& tile, const T* input, const T* grad,
+                           int kh, int kw) {
+  const int pixels = tile.rows * tile.columns;
+  const int64_t count = int64_t(tile.images_end - tile.image) * pixels;
+  float sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+    const int64_t image = tile.image + i / pixels;
+    const int row = int(i % pixels) / tile.columns, column = int(i % pixels) % tile.columns;
+    const int h = tile.ih + row * p.window.stride_h + kh * p.window.dilation_h;
+    const int w = tile.iw + column * p.window.stride_w + kw * p.window.dilation_w;
+    if (unsigned(h) >= unsigned(p.input.height) || unsigned(w) >= unsigned(p.input.width)) continue;
+    sum += convert<float>(input[image * p.input.image_stride + h * p.input.row_stride + w]) *
+           convert<float>(grad[image * p.grad.image_stride + (tile.oh + row) * p.grad.row_stride +
+                               tile.ow + column]);
+  }
+  return sum_of_warp(sum);
+}
+
+template <typename T>
+__device__ T& weight_at(const Tensor4& weight, T* result, int64_t element) {
+  const int64_t kw = element % weight.size[3], line = element / weight.size[3];
+  const int64_t kh = line % weight.size[2], channel = line / weight.size[2];
+  return result[channel * weight.stride[0] + kh * weight.stride[2] + kw * weight.stride[3]];
+}
+
+// Grid: x tiles, within channels, within chunks. Partial sums lie [weight][chunk][tile]; `partial`
+// is null where there is one a weight.
+template <typename Sums, typename T>
+__global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
+    sums_kernel(const __grid_constant__ Gradient p, const T* __restrict__ input,
+                const T* __restrict__ grad, float* __restrict__ partial, T* __restrict__ result) {
+  extern __shared__ float4 shared_vectors[];
+  __shared__ Copies<T> copies[2];  // of input and grad_output
+  __shared__ float warp_sums[kMaxWarps][kMaxTaps];
+  char* const shared = reinterpret_cast<char*>(shared_vectors);
+  const Tiling& t = p.tiling;
+  const Split plane = split(blockIdx.x, t.tiles);
+  const Split plane_chunk = split(plane.quotient, int(p.weight.size[0]));
+  const int part = plane.remainder, channel = plane_chunk.remainder, chunk = plane_chunk.quotient;
+  const int input_channel = split(channel, p.multiplier).quotient;
+  const Tile tile(p, part, chunk);
+  const int grad_place = t.planes * t.input.floats() * int(sizeof(float));
+  if (threadIdx.x < 2) {
+    const bool of_grad = threadIdx.x == 1;
+    const int raw = t.tile_bytes();
+    copies[threadIdx.x].plan(
+        of_grad ? grad : input, of_grad ? p.grad : p.input, of_grad ? channel : input_channel,
+        of_grad ? tile.oh : tile.ih, of_grad ? tile.ow : tile.iw,
+        of_grad ? tile.rows : p.window.rows(tile.rows),
+        of_grad ? tile.columns : p.window.columns(tile.columns), of_grad ? t.grad : t.input,
+        t.planes, of_grad ? grad_place : 0, of_grad ? raw + t.planes * t.input.raw_bytes() : raw);
+  }
+  for (int i = threadIdx.x; i < t.tile_bytes() / int(sizeof(float4)); i += blockDim.x)
+    shared_vectors[i] = {};
+  __syncthreads();
+
+  const int steps = (tile.images_end - tile.image + t.planes - 1) / t.planes;
+  const auto images = [&](int step) {
+    return min(t.planes, tile.images_end - tile.image - step * t.planes);
+  };
+  const auto start = [&](int step) {
+    const int64_t image = tile.image + step * t.planes;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i)
+      copies[i].start(
+          i == 0 ? input + image * p.input.image_stride : grad + image * p.grad.image_stride,
+          images(step), shared);
+    ptx::copy_commit();
+  };
+  const auto floats = reinterpret_cast<const float*>(shared);
+
+  Sums sums(p);
+  start(0);
+  for (int step = 0; step < steps; ++step) {
+    ptx::copy_wait<0>();
+    __syncthreads();
+    if constexpr (Copies<T>::kRaw) {
+#pragma unroll 1
+      for (const Copies<T>& c : copies) c.convert_raw(images(step), shared);
+      __syncthreads();
+      // The raw elements have been read: their place takes the next during the sums.
+      if (step + 1 < steps) start(step + 1);
+    }
+    sums.add(p, floats, floats + t.planes * t.input.floats(), images(step));
+    if constexpr (!Copies<T>::kRaw) {
+      __syncthreads();
+      if (step + 1 < steps) start(step + 1);
+    }
+  }
+  sums.reduce(p.window, warp_sums);
+  __syncthreads();
+
+  const int warps = blockDim.x / kWarp;
+  bool finite = true;
+  for (int tap = threadIdx.x; tap < p.window.taps(); tap += blockDim.x) {
+    float sum = 0;
+    for (int warp = 0; warp < warps; ++warp) sum += warp_sums[warp][tap];
+    finite = finite && isfinite(sum);
+    warp_sums[0][tap] = sum;
+  }
+  // The zeros around the tensors have been multiplied too. Where that may have made NaN of
+  // infinity, add the products of real elements only.
+  if (!__syncthreads_and(finite)) {
+    __shared__ float exact[kMaxWarps];
+    for (int tap = 0; tap < p.window.taps(); ++tap) {
+      const int kh = tap / p.window.kernel_w, kw = tap % p.window.kernel_w;
+      const float sum = exact_sum(p, tile, input + input_channel * p.input.channel_stride,
+                                  grad + channel * p.grad.channel_stride, kh, kw);
+      if (threadIdx.x % kWarp == 0) exact[threadIdx.x / kWarp] = sum;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        warp_sums[0][tap] = 0;
+        for (int warp = 0; warp < warps; ++warp) warp_sums[0][tap] += exact[warp];
+      }
+      __syncthreads();
+    }
+  }
+  for (int tap = threadIdx.x; tap < p.window.taps(); tap += blockDim.x) {
+    const int64_t element = int64_t(channel) * p.window.taps() + tap;
+    if (partial)
+      partial[(element * t.chunks + chunk) * t.tiles + part] = warp_sums[0][tap];
+    else
+      weight_at(p.weight, result, element) = convert<T>(warp_sums[0][tap]);
+  }
+}
+
+// Adds the partial sums of a weight, a warp each, in an order that depends on their number only.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* __restrict__ partial,
+                  int64_t parts, T* __restrict__ result) {
+  const int64_t element = int64_t(blockIdx.x) * kMaxWarps + threadIdx.x / kWarp;
+  if (element >= weight.numel()) return;
+  // kGroup loads in flight, and a sum of sums: large planes of few channels have many parts.
+  constexpr int kGroup = 16;
+  float sum = 0;
+  for (int64_t first = threadIdx.x % kWarp; first < parts; first += kGroup * kWarp) {
+    float group = 0;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int64_t part = first + i * kWarp;
+      if (part < parts) group += partial[element * parts + part];
+    }
+    sum += group;
+  }
+  sum = sum_of_warp(sum);
+  if (threadIdx.x % kWarp == 0) weight_at(weight, result, element) = convert<T>(sum);
+}
+
+// A thread adds at most so many products to one sum before the tree of partial sums begins: an
+// error of about 0.3 · sqrt(512) roundings.
+constexpr int64_t kMaxChain = 512;
+// Coordinates are int: a side times the stride plus a kernel must fit.
+constexpr int64_t kMaxSide = int64_t{1} << 29, kMaxStride = 1024;
+
+template <typename Sums_>
+struct Tag {
+  using Sums = Sums_;
+};
+template <typename... Sums>
+struct SumsList {};
+// The kernels that are compiled, the last three for all other problems.
+using AllSums =
+    SumsList<StripSums<3, 3, 1>, StripSums<5, 5, 1>, StripSums<7, 7, 1>, StripSums<3, 1, 1>,
+             StripSums<1, 3, 1>, StripSums<3, 7, 1>, StripSums<7, 3, 1>, StripSums<3, 3, 2>,
+             StripSums<5, 5, 2>, StripSums<7, 7, 2>, WarpSums<3>, WarpSums<7>, WarpSums<13>>;
+static_assert(WarpSums<13>::kTaps >= kMaxTaps);
+
+template <typename Sums>
+bool fits(const Window& w) {
+  if constexpr (Sums::kFixed)
+    return w.kernel_h == Sums::kH && w.kernel_w == Sums::kW && w.stride_h == Sums::kStride &&
+           w.stride_w == Sums::kStride && w.dilation_h == 1 && w.dilation_w == 1;
+  else
+    return w.taps() <= Sums::kTaps;
+}
+// Calls f with the first sums that fit.
+template <typename F, typename... Sums>
+auto with_sums(const Window& window, F&& f, SumsList<Sums...>) {
+  decltype(f(Tag<WarpSums<13>>{})) result{};
+  ((fits<Sums>(window) && (result = f(Tag<Sums>{}), true)) || ...);
+  return result;
+}
+
+// fp32 of a step: what is aimed at, so that a multiprocessor has room for as many blocks as its
+// registers allow (strided ones have few threads for their input), and what is taken at most.
+template <typename Sums>
+constexpr int64_t kTileBytes = (Sums::kStrided ? 24 : 36) * 1024;
+constexpr int64_t kMaxTileBytes = 48 * 1024;
+
+int64_t evenly(int64_t count, int64_t most) {
+  return ceil_divide(count, ceil_divide(count, std::max<int64_t>(1, most)));
+}
+
+// Tile and step; chunks are chosen after. threads == 0: no tile fits the shared memory.
+template <typename Sums>
+Tiling tile_for(const ConvProblem& p) {
+  const Window window(p);
+  Tiling t{};
+  const auto lay_out = [&](int64_t rows, int64_t columns, int64_t planes) {
+    t.rows = int(rows);
+    t.columns = int(columns);
+    t.planes = int(planes);
+    const int height = window.rows(t.rows), width = window.columns(t.columns);
+    int64_t read = width;
+    if constexpr (Sums::kFixed)
+      read = (columns - kVector) * Sums::kStride + Sums::kVectors * kVector;
+    t.input = {.rows = height, .pitch = int(round_up(read, kVector))};
+    t.grad = {.rows = t.rows, .pitch = int(round_up(columns, kVector))};
+    if (p.dtype != DType::kFloat32) {
+      constexpr int kRawVector = 8;
+      t.input.raw_rows = int(std::min<int64_t>(height, p.input.size[2]));
+      t.input.raw_pitch = int(round_up(std::min<int64_t>(width, p.input.size[3]), kRawVector));
+      t.grad.raw_rows = int(std::min<int64_t>(rows, p.output.size[2]));
+      t.grad.raw_pitch = int(round_up(std::min<int64_t>(columns, p.output.size[3]), kRawVector));
+    }
+    return planes * (int64_t(height) * t.input.pitch + int64_t(t.rows) * t.grad.pitch) *
+           int64_t(sizeof(float));
+  };
+  const int64_t tile_bytes = kTileBytes<Sums>;
+  const int64_t height = p.output.size[2], width = p.output.size[3];
+  const int64_t unit_rows = Sums::kFixed ? kStripRows : 1,
+                unit_columns = Sums::kFixed ? kVector : 1;
+  // A tile is as wide as a warp has lanes for, then as high as the threads or the memory allow.
+  const int64_t wide = ceil_divide(width, unit_columns), high = ceil_divide(height, unit_rows);
+  int64_t columns = evenly(wide, Sums::kFixed ? kWarp : kVector * kWarp), rows = 0, planes = 1;
+  for (;; columns = evenly(wide, columns - 1)) {
+    const int64_t most = Sums::kFixed ? kMaxThreads / columns : kWarp;
+    for (rows = evenly(high, most); rows > 1; rows = evenly(high, rows - 1))
+      if (lay_out(rows * unit_rows, columns * unit_columns, 1) <= tile_bytes) break;
+    if (lay_out(rows * unit_rows, columns * unit_columns, 1) <= kMaxTileBytes) break;
+    if (columns == 1) return Tiling{};
+  }
+  const int64_t tiles = ceil_divide(wide, columns) * ceil_divide(high, rows);
+  if (tiles > INT32_MAX) return Tiling{};
+  t.tiles_w = int(ceil_divide(wide, columns));
+  t.tiles = int(tiles);
+  // Several images a step where they are small.
+  const int64_t work = rows * columns, bytes = int64_t(t.tile_bytes());
+  planes = std::min(tile_bytes / bytes, Sums::kFixed ? kMaxThreads / work : 4096 / work);
+  planes = evenly(p.batch(), std::max<int64_t>(1, std::min(planes, p.batch())));
+  lay_out(rows * unit_rows, columns * unit_columns, planes);
+  t.threads = Sums::kFixed ? int(round_up(work * planes, kWarp)) : kMaxThreads;
+  return t;
+}
+
+// Bytes of one partial sum a weight and tile.
+int64_t chunk_bytes(const ConvProblem& p, const Tiling& t) {
+  return p.weight.numel() * t.tiles * int64_t(sizeof(float));
+}
+
+template <typename Sums>
+int64_t blocks_a_processor(const Tiling& t) {
+  constexpr int64_t kSharedBytes = 220 * 1024, kBlockBytes = 2048;  // reserved and static
+  const int64_t blocks = std::min<int64_t>(Sums::kBlocks * kMaxThreads / t.threads,
+                                           kSharedBytes / (t.shared_bytes() + kBlockBytes));
+  return std::clamp<int64_t>(blocks, 1, 32);
+}
+
+// Chunks of the images such that the waves of blocks take the fewest steps.
+template <typename Sums>
+int64_t wanted_chunks(const ConvProblem& p, const Device& device, const Tiling& t) {
+  // What a block's begin and end, and the reduction's launch, cost in steps.
+  constexpr double kBlockSteps = 0.7, kReductionSteps = 1.5;
+  constexpr int64_t kMostTried = 64;
+  const int64_t steps = ceil_divide(p.batch(), t.planes);
+  const int64_t products =
+      Sums::kFixed ? kStripRows * kVector : ceil_divide(t.planes * t.rows * t.columns, kWarp);
+  const int64_t slots = device.processors * blocks_a_processor<Sums>(t);
+  const int64_t least = ceil_divide(steps * products, std::max(kMaxChain, products));
+  int64_t best = least;
+  double best_steps = 0;
+  for (int64_t chunks = least; chunks <= std::min(steps, least + kMostTried); ++chunks) {
+    const int64_t waves = ceil_divide(p.out_channels() * t.tiles * chunks, slots);
+    const double cost = double(waves) * (double(ceil_divide(steps, chunks)) + kBlockSteps) +
+                        (chunks * t.tiles > 1 ? kReductionSteps : 0);
+    if (chunks == least || cost < best_steps) {
+      best = chunks;
+      best_steps = cost;
+    }
+  }
+  return best;
+}
+
+// All of the tiling; no more chunks than the workspace has room for.
+template <typename Sums>
+Tiling tiling_for(const ConvProblem& p, const Device& device, int64_t workspace_bytes) {
+  Tiling t = tile_for<Sums>(p);
+  if (t.threads == 0) return t;
+  const int64_t steps = ceil_divide(p.batch(), t.planes);
+  int64_t chunks = wanted_chunks<Sums>(p, device, t);
+  const int64_t room = workspace_bytes / chunk_bytes(p, t);
+  chunks = std::max<int64_t>(1, std::min(chunks, room));
+  t.chunk_images = int(ceil_divide(steps, chunks)) * t.planes;
+  t.chunks = int(ceil_divide(p.batch(), t.chunk_images));
+  return t;
+}
+
+template <typename Sums, typename T>
+void launch(const ConvProblem& p, const Operands& operands, const Execution& execution) {
+  const auto stream = static_cast<cudaStream_t>(execution.stream);
+  const auto result = static_cast<T*>(operands.weight);
+  const auto partial = static_cast<float*>(execution.workspace);
+  int64_t parts = 0;
+  if (p.output.numel() > 0) {
+    const Tiling t = tiling_for<Sums>(p, *execution.device, execution.workspace_bytes);
+    const Gradient gradient{Window(p), Planes(p.input), Planes(p.output),
+                            p.weight,  int(p.batch()),  int(p.group_out_channels()),
+                            t};
+    parts = t.parts();
+    const auto kernel = sums_kernel<Sums, T>;
+    CONVOPS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            t.shared_bytes()));
+    kernel<<<unsigned(p.out_channels() * parts), t.threads, t.shared_bytes(), stream>>>(
+        gradient, static_cast<const T*>(operands.input), static_cast<const T*>(operands.output),
+        parts > 1 ? partial : nullptr, result);
+    CONVOPS_LAUNCH_CHECK("depthwise_weight");
+  }
+  if (parts == 1) return;
+  reduce_kernel<T><<<unsigned(ceil_divide(p.weight.numel(), kMaxWarps)), kMaxThreads, 0, stream>>>(
+      p.weight, partial, parts, result);
+  CONVOPS_LAUNCH_CHECK("depthwise_weight reduction");
+}
+
+class DepthwiseWeight final : public Algorithm {
+ public:
+  std::string name() const override { return "depthwise_weight"; }
+  DeviceType device_type() const override { return DeviceType::kCuda; }
+
+  std::string can_run(const ConvProblem& p, const Device&) const override {
+    if (p.direction != Direction::kBackwardWeight) return "not backward-weight";
+    if (!p.is_depthwise()) return "not depthwise";
+    if (p.dtype == DType::kFloat64) return "float64";
+    const Pair kernel = p.kernel();
+    if (kernel.h * kernel.w > kMaxTaps)
+      return "kernel " + std::to_string(kernel.h) + 'x' + std::to_string(kernel.w) +
+             " of more than " + std::to_string(kMaxTaps) + " taps";
+    for (const Tensor4* t : {&p.input, &p.output})
+      if (t->size[3] > 1 && t->stride[3] != 1)
+        return "column stride " + std::to_string(t->stride[3]);
+    for (const Pair side : {p.input_size(), p.output_size(), p.padding})
+      if (std::max(side.h, side.w) > kMaxSide) return "a side or padding of more than 2^29";
+    for (const Pair step : {p.stride, p.dilation})
+      if (std::max(step.h, step.w) > kMaxStride) return "a stride or dilation of more than 1024";
+    if (p.output.numel() == 0) return "";
+    return with_sums(
+        Window(p),
+        [&](auto tag) -> std::string {
+          const Tiling t = tile_for<typename decltype(tag)::Sums>(p);
+          if (t.threads == 0)
+            return "no tile fits: the input under one exceeds shared memory, or tiles are too many";
+          // Chunks at most double what the longest chain of sums asks for.
+          if (p.out_channels() * t.tiles * p.batch() > INT32_MAX) return "more than 2^31 blocks";
+          return "";
+        },
+        AllSums{});
+  }
+
+  double cost(const ConvProblem& p, const Device& device) const override {
+    // Copies and FMAs of the blocks of a multiprocessor overlap in part. Shares of the peaks on an
+    // H200; a run-time shape is bound by reads of shared memory.
+    constexpr double kBandwidthFraction = 0.95, kFlopsFraction = 0.6, kWarpFlopsFraction = 0.1;
+    constexpr double kStartSeconds = 6e-6;
+    const bool fixed =
+        with_sums(Window(p), [](auto tag) { return decltype(tag)::Sums::kFixed; }, AllSums{});
+    return p.bytes() / (device.bandwidth * kBandwidthFraction) +
+           p.flops() / (device.fp32_flops * (fixed ? kFlopsFraction : kWarpFlopsFraction)) +
+           kStartSeconds;
+  }
+
+  WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {
+    if (p.output.numel() == 0) return {0, 0};
+    return with_sums(
+        Window(p),
+        [&](auto tag) -> WorkspaceRange {
+          const Tiling t = tiling_for<typename decltype(tag)::Sums>(p, device, INT64_MAX);
+          return {t.tiles > 1 ? chunk_bytes(p, t) : 0,
+                  t.parts() > 1 ? t.chunks * chunk_bytes(p, t) : 0};
+        },
+        AllSums{});
+  }
+
+  void run(const ConvProblem& p, const Operands& operands,
+           const Execution& execution) const override {
+    if (p.weight.numel() == 0) return;
+    with_sums(
+        Window(p),
+        [&](auto tag) {
+          using S = typename decltype(tag)::Sums;
+          switch (p.dtype) {
+            case DType::kFloat32:
+              launch<S, float>(p, operands, execution);
+              break;
+            case DType::kFloat16:
+              launch<S, __half>(p, operands, execution);
+              break;
+            default:
+              launch<S, __nv_bfloat16>(p, operands, execution);
+          }
+          return true;
+        },
+        AllSums{});
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Algorithm> make_depthwise_weight() { return std::make_unique<DepthwiseWeight>(); }
+
+}  // namespace convops::cuda
