@@ -285,6 +285,20 @@ FEW_A_GROUP = [
     Problem("groups_of_8_pointwise", 3, 24, 9, 16, 24, (1, 1), groups=3),
 ]
 
+# Depthwise kernels as large as their planes: each width of a thread's or a warp's results, planes
+# that share a block, tiles of the result and of the gradient, padding on all sides and none.
+LARGE_KERNELS = [
+    Problem("large_13x13", 9, 3, 14, 14, 3, (13, 13), padding=(6, 6), groups=3, bias=True),
+    Problem("large_31x31", 2, 2, 56, 57, 2, (31, 31), padding=(15, 15), groups=2, bias=True),
+    Problem("large_unpadded", 3, 2, 37, 30, 2, (21, 19), groups=2),
+    Problem("large_padding", 2, 3, 9, 8, 3, (9, 8), padding=(12, 11), groups=3, bias=True),
+    Problem("large_tiles", 1, 2, 150, 130, 2, (15, 17), padding=(7, 8), groups=2),
+    Problem("large_5x51", 2, 2, 20, 70, 2, (5, 51), padding=(2, 25), groups=2),
+    Problem("large_51x5", 2, 2, 60, 20, 2, (51, 5), padding=(25, 2), groups=2, bias=True),
+    Problem("large_even", 5, 3, 28, 28, 3, (14, 8), padding=(6, 3), groups=3),
+    Problem("large_row", 2, 3, 3, 80, 3, (1, 57), padding=(0, 28), groups=3),
+]
+
 # Tensors of more than 2^31 elements (GPU with more than 40 GB only).
 HUGE = [
     Problem("huge_output", 2, 1, 32768, 16384, 3, (1, 3)),
@@ -296,12 +310,12 @@ SCALED = [
     problem.scaled(20_000)
     for problem in [*KERNELBENCH, RESNET50[0], *DEPTHWISE[:-1], *GROUPED, *DILATED]
 ]
-SMALL = ODD + WIDE + FEW_A_GROUP + SCALED
+SMALL = ODD + WIDE + FEW_A_GROUP + LARGE_KERNELS + SCALED
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
     for problem in [
         *(*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DEPTHWISE_LAYERS, *GROUPED_LAYERS),
-        *(*DILATED, *ODD, *WIDE, *FEW_A_GROUP, *HUGE),
+        *(*DILATED, *ODD, *WIDE, *FEW_A_GROUP, *LARGE_KERNELS, *HUGE),
     ]
 }

@@ -10,6 +10,7 @@ std::unique_ptr<Algorithm> make_im2col_gemm();
 std::unique_ptr<Algorithm> make_depthwise();
 std::unique_ptr<Algorithm> make_grouped_weight();
 std::unique_ptr<Algorithm> make_depthwise_weight();
+std::unique_ptr<Algorithm> make_depthwise_large();
 std::unique_ptr<Algorithm> make_direct();
 
 }  // namespace convops::cuda
