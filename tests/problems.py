@@ -299,6 +299,22 @@ LARGE_KERNELS = [
     Problem("large_row", 2, 3, 3, 80, 3, (1, 57), padding=(0, 28), groups=3),
 ]
 
+# Depthwise convolutions that channels_last tensors of are tested, too: channels past and short of a
+# warp's, and not a multiple of 16 or 4 bytes; tiles past the last column and row, strips; padding
+# that is odd, none, and past the kernel.
+CHANNELS_LAST = [
+    Problem("channels_of_8", 2, 8, 15, 14, 8, (3, 3), padding=(1, 1), groups=8, bias=True),
+    Problem("channels_of_33", 3, 33, 9, 7, 33, (5, 5), padding=(2, 2), groups=33, bias=True),
+    Problem("channels_of_36", 1, 36, 21, 60, 36, (7, 7), padding=(3, 3), groups=36),
+    Problem("channels_of_66", 2, 66, 13, 29, 66, (3, 3), padding=(4, 5), groups=66, bias=True),
+    Problem("channels_of_1", 2, 1, 30, 33, 1, (5, 5), padding=(2, 2), groups=1, bias=True),
+    Problem("channels_3x3_s2", 2, 40, 31, 57, 40, (3, 3), (2, 2), (1, 1), groups=40, bias=True),
+    Problem("channels_5x5_s2", 2, 35, 20, 37, 35, (5, 5), (2, 2), (2, 2), groups=35),
+    Problem("channels_7x7_s2", 1, 72, 150, 21, 72, (7, 7), (2, 2), (3, 3), groups=72),
+    Problem("channels_unpadded_s2", 2, 64, 7, 131, 64, (7, 7), (2, 2), groups=64, bias=True),
+    Problem("channels_7x7_strips", 1, 96, 56, 56, 96, (7, 7), padding=(3, 3), groups=96),
+]
+
 # Tensors of more than 2^31 elements (GPU with more than 40 GB only).
 HUGE = [
     Problem("huge_output", 2, 1, 32768, 16384, 3, (1, 3)),
@@ -316,6 +332,6 @@ PROBLEMS: dict[str, Problem] = {
     problem.name: problem
     for problem in [
         *(*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DEPTHWISE_LAYERS, *GROUPED_LAYERS),
-        *(*DILATED, *ODD, *WIDE, *FEW_A_GROUP, *LARGE_KERNELS, *HUGE),
+        *(*DILATED, *ODD, *WIDE, *FEW_A_GROUP, *LARGE_KERNELS, *CHANNELS_LAST, *HUGE),
     ]
 }

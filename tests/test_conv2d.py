@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from problems import HUGE, ODD, SEEDS, SMALL, Problem
+from problems import CHANNELS_LAST, HUGE, ODD, SEEDS, SMALL, Problem
 from reference import DTYPES, LAYOUTS, assert_close
 from torch import Tensor
 
@@ -129,6 +129,29 @@ def test_every_layout(
         assert result.stride() == expected.stride()
     elif direction == "backward_weight":
         assert result.stride() == torch.empty_like(w).stride()
+
+
+@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
+@pytest.mark.parametrize("problem", CHANNELS_LAST, ids=lambda p: p.name)
+def test_channels_last(
+    problem: Problem, sliced: bool, dtype: torch.dtype, direction: str, algorithm: str, device: str
+) -> None:
+    """Also as a slice of the channels, which begins anywhere."""
+    skip_if_missing(algorithm, device)
+    x, w, bias, grad_output = reference.operands(problem, dtype, device)
+
+    def dense_channels(tensor: Tensor) -> Tensor:
+        if not sliced:
+            return tensor.contiguous(memory_format=torch.channels_last)
+        whole = torch.cat([tensor[:, :1], tensor, tensor], dim=1)
+        return whole.contiguous(memory_format=torch.channels_last)[:, 1 : 1 + problem.c]
+
+    tensors = (dense_channels(x), w, bias, dense_channels(grad_output))
+    result = run_or_skip(problem, direction, *tensors, algorithm=algorithm)
+    check(problem, direction, result, tensors, "ieee")
 
 
 @pytest.mark.parametrize("problem", SEEDS, ids=lambda p: p.name)
