@@ -156,6 +156,10 @@ DEPTHWISE = [
 GROUPED = [
     Problem("resnext_8_a_group", 32, 256, 56, 56, 256, (3, 3), padding=(1, 1), groups=32),
     Problem("regnet_16_a_group", 32, 224, 28, 28, 224, (3, 3), padding=(1, 1), groups=14),
+    Problem("resnext_8_a_group_s2", 64, 256, 56, 56, 256, (3, 3), (2, 2), (1, 1), groups=32),
+    Problem("resnext_16_a_group_14", 64, 512, 14, 14, 512, (3, 3), padding=(1, 1), groups=32),
+    Problem("resnext_32_a_group_7", 64, 1024, 7, 7, 1024, (3, 3), padding=(1, 1), groups=32),
+    Problem("regnet_16_a_group_7_batch1", 1, 784, 7, 7, 784, (3, 3), padding=(1, 1), groups=49),
 ]
 
 DILATED = [Problem("deeplab_d4", 8, 256, 65, 65, 256, (3, 3), padding=(4, 4), dilation=(4, 4))]
@@ -273,7 +277,8 @@ WIDE = [
 ]
 
 # A few channels in each of several groups: fewer than a tile of 8, several groups to a tile, more
-# than a block's tiles, and rows that are copied in vectors of 1, 2 and 4 numbers.
+# than a block's tiles; rows that are copied in vectors of 1, 2 and 4 numbers, and whole bands of
+# them beside the tensor.
 FEW_A_GROUP = [
     Problem("groups_of_3", 3, 15, 9, 13, 15, (3, 3), padding=(1, 1), groups=5),
     Problem("groups_of_2_strided", 3, 18, 7, 12, 18, (3, 3), (2, 2), (1, 1), groups=9),
@@ -283,6 +288,14 @@ FEW_A_GROUP = [
     Problem("groups_of_40_to_24", 2, 80, 9, 18, 48, (3, 3), padding=(1, 1), groups=2),
     Problem("groups_in_strips", 1, 8, 6, 130, 8, (3, 3), padding=(0, 1), groups=2),
     Problem("groups_of_8_pointwise", 3, 24, 9, 16, 24, (1, 1), groups=3),
+    Problem("three_to_two_a_group", 2, 9, 6, 17, 6, (3, 3), groups=3, bias=True),
+    Problem("64_a_group", 1, 128, 7, 7, 128, (3, 3), padding=(1, 1), groups=2),
+    Problem("32_to_64_a_group", 1, 64, 7, 9, 128, (3, 3), padding=(2, 0), groups=2, bias=True),
+    Problem("12_to_20_a_group_pointwise", 2, 24, 9, 20, 40, (1, 1), groups=2, bias=True),
+    Problem("grouped_strided_unpadded", 2, 12, 12, 13, 18, (3, 3), (2, 2), groups=3, bias=True),
+    Problem("grouped_strided_both", 1, 16, 9, 12, 16, (3, 3), (2, 2), (3, 5), groups=2, bias=True),
+    Problem("grouped_padding_past_kernel", 1, 16, 5, 6, 16, (3, 3), padding=(4, 3), groups=2),
+    Problem("grouped_column", 2, 8, 70, 1, 8, (3, 3), padding=(1, 1), groups=2, bias=True),
 ]
 
 # Depthwise kernels as large as their planes: each width of a thread's or a warp's results, planes

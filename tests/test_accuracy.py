@@ -44,9 +44,12 @@ PROBLEMS = [
     Problem("narrow", 2, 24, 13, 29, 26, (1, 1)),
     Problem("shallow", 2, 4, 9, 20, 6, (1, 1)),
     Problem("grouped", 2, 24, 12, 11, 36, (3, 3), padding=(1, 1), groups=3),
+    Problem("grouped_strided", 2, 12, 13, 16, 12, (3, 3), (2, 2), (1, 1), groups=3),
+    Problem("grouped_pointwise", 2, 12, 9, 9, 8, (1, 1), groups=4),
     Problem("depthwise", 2, 8, 15, 14, 8, (3, 3), padding=(1, 1), groups=8),
 ]
-SPECIAL_PROBLEMS = [p for p in PROBLEMS if p.name in ("dense", "pointwise", "strided", "depthwise")]
+SPECIAL_NAMES = ("dense", "pointwise", "strided", "grouped", "grouped_strided", "depthwise")
+SPECIAL_PROBLEMS = [p for p in PROBLEMS if p.name in SPECIAL_NAMES]
 DIRECTIONS = ["forward", "backward_input"]
 PRECISIONS = {"cpu": ["ieee"], "cuda": ["ieee", "tf32"]}  # the CPU computes both as ieee
 # Relative, of normal data. Operands rounded to TF32 and nothing else make 2.91e-4 to 2.97e-4 of it.

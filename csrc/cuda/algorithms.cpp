@@ -11,6 +11,7 @@ AlgorithmList make_cuda_algorithms() {
   list.push_back(cuda::make_grouped_weight());
   list.push_back(cuda::make_depthwise_weight());
   list.push_back(cuda::make_depthwise_large());
+  list.push_back(cuda::make_grouped());
   list.push_back(cuda::make_direct());
   return list;
 }

@@ -12,6 +12,7 @@ std::unique_ptr<Algorithm> make_grouped_weight();
 std::unique_ptr<Algorithm> make_depthwise_weight();
 std::unique_ptr<Algorithm> make_depthwise_large();
 std::unique_ptr<Algorithm> make_depthwise_channels_last();
+std::unique_ptr<Algorithm> make_grouped();
 std::unique_ptr<Algorithm> make_direct();
 
 }  // namespace convops::cuda

@@ -25,6 +25,13 @@ __device__ __forceinline__ void copy_bytes(uint32_t destination, const void* sou
                  "n"(kBytes)
                  : "memory");
 }
+// The same where `inside`, else zeros.
+template <int kBytes>
+__device__ __forceinline__ void copy_bytes(uint32_t destination, const void* source, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source),
+               "n"(kBytes), "r"(inside ? kBytes : 0)
+               : "memory");
+}
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
