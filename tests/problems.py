@@ -237,13 +237,6 @@ ODD = [
     Problem("grouped_many", 2, 32, 9, 9, 32, (3, 3), padding=(1, 1), groups=8),
     Problem("depthwise", 2, 8, 15, 14, 8, (3, 3), padding=(1, 1), groups=8, bias=True),
     Problem("depthwise_multiplier", 2, 6, 12, 13, 18, (5, 3), (2, 1), (2, 1), groups=6, bias=True),
-    # Tiles, steps of several images, chunks of them, and the kernels of run-time size.
-    Problem("depthwise_tiles", 2, 2, 61, 141, 2, (3, 3), groups=2),
-    Problem("depthwise_many_images", 45, 3, 14, 13, 3, (7, 7), padding=(3, 3), groups=3),
-    Problem("depthwise_5x5_s2", 2, 4, 28, 30, 4, (5, 5), (2, 2), (2, 2), groups=4),
-    Problem("depthwise_dilated", 2, 6, 20, 17, 6, (3, 3), (1, 1), (2, 4), (2, 3), groups=6),
-    Problem("depthwise_4x7", 5, 3, 19, 16, 6, (4, 7), (3, 2), (1, 3), groups=3),
-    Problem("depthwise_6x8", 2, 3, 9, 40, 3, (6, 8), padding=(2, 3), groups=3),
     Problem("depthwise_large", 1, 4, 33, 30, 4, (31, 29), padding=(15, 14), groups=4),
     Problem("many_channels", 1, 130, 6, 5, 70, (3, 3), padding=(1, 1), bias=True),
     Problem("many_images", 33, 3, 7, 7, 8, (3, 3), padding=(1, 1)),
@@ -328,6 +321,37 @@ CHANNELS_LAST = [
     Problem("channels_7x7_strips", 1, 96, 56, 56, 96, (7, 7), padding=(3, 3), groups=96),
 ]
 
+# The ways of the depthwise kernels: windows copied by one, two and four words, results stored by
+# fours, pairs and through shared memory (of several planes, of whole rows, of parts of rows).
+DEPTHWISE_TILES = [
+    Problem("planes_of_14", 3, 40, 14, 14, 40, (7, 7), padding=(3, 3), groups=40, bias=True),
+    Problem("planes_of_7", 5, 70, 7, 7, 70, (5, 5), padding=(2, 2), groups=70),
+    Problem("aligned_5x5", 2, 6, 28, 28, 6, (5, 5), padding=(2, 2), groups=6),
+    Problem("rows_of_510", 1, 3, 17, 512, 3, (3, 3), groups=3, bias=True),
+    Problem("rows_of_1029", 1, 2, 19, 1029, 2, (3, 3), padding=(1, 1), groups=2),
+    Problem("rows_of_250", 1, 4, 30, 256, 4, (3, 7), groups=4),
+    Problem("tall_7x3", 2, 4, 41, 39, 4, (7, 3), padding=(3, 1), groups=4),
+    Problem("depthwise_3x1", 2, 4, 32, 40, 4, (3, 1), groups=4),
+    Problem("depthwise_1x3", 2, 4, 13, 35, 4, (1, 3), padding=(0, 1), groups=4, bias=True),
+    Problem("depthwise_3x3_s2", 2, 5, 56, 56, 5, (3, 3), (2, 2), (1, 1), groups=5),
+    Problem("depthwise_5x5_s2", 20, 40, 14, 14, 40, (5, 5), (2, 2), (2, 2), groups=40),
+    Problem("depthwise_7x7_s2", 2, 3, 30, 33, 3, (7, 7), (2, 2), (3, 3), groups=3),
+    Problem("wide_s2", 1, 2, 31, 1301, 2, (3, 3), (2, 2), (1, 1), groups=2),
+    Problem("padded_past_s2", 2, 3, 20, 21, 3, (5, 5), (2, 2), (3, 4), groups=3),
+    Problem(
+        "depthwise_dilated", 2, 6, 40, 37, 6, (3, 3), padding=(4, 4), dilation=(4, 4), groups=6
+    ),
+    Problem("dilated_s2", 2, 3, 30, 31, 3, (3, 3), (2, 2), (2, 2), (3, 2), groups=3),
+    Problem("phases_of_no_tap", 1, 4, 40, 37, 4, (5, 5), (6, 6), (4, 4), (4, 4), groups=4),
+    Problem("multiplier_3x3", 2, 6, 20, 18, 12, (3, 3), padding=(1, 1), groups=6, bias=True),
+    # Backward-weight: tiles, steps of several images, chunks of them, kernels of run-time size.
+    Problem("depthwise_dilated_2x3", 2, 6, 20, 17, 6, (3, 3), (1, 1), (2, 4), (2, 3), groups=6),
+    Problem("depthwise_tiles", 2, 2, 61, 141, 2, (3, 3), groups=2),
+    Problem("depthwise_many_images", 45, 3, 14, 13, 3, (7, 7), padding=(3, 3), groups=3),
+    Problem("depthwise_4x7", 5, 3, 19, 16, 6, (4, 7), (3, 2), (1, 3), groups=3),
+    Problem("depthwise_6x8", 2, 3, 9, 40, 3, (6, 8), padding=(2, 3), groups=3),
+]
+
 # Tensors of more than 2^31 elements (GPU with more than 40 GB only).
 HUGE = [
     Problem("huge_output", 2, 1, 32768, 16384, 3, (1, 3)),
@@ -339,12 +363,21 @@ SCALED = [
     problem.scaled(20_000)
     for problem in [*KERNELBENCH, RESNET50[0], *DEPTHWISE[:-1], *GROUPED, *DILATED]
 ]
-SMALL = ODD + WIDE + FEW_A_GROUP + LARGE_KERNELS + SCALED
+SMALL = ODD + WIDE + DEPTHWISE_TILES + LARGE_KERNELS + FEW_A_GROUP + SCALED
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
     for problem in [
         *(*KERNELBENCH, *RESNET50, *DEPTHWISE, *GROUPED, *DEPTHWISE_LAYERS, *GROUPED_LAYERS),
-        *(*DILATED, *ODD, *WIDE, *FEW_A_GROUP, *LARGE_KERNELS, *CHANNELS_LAST, *HUGE),
+        *(
+            *DILATED,
+            *ODD,
+            *WIDE,
+            *DEPTHWISE_TILES,
+            *LARGE_KERNELS,
+            *CHANNELS_LAST,
+            *FEW_A_GROUP,
+            *HUGE,
+        ),
     ]
 }

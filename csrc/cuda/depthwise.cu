@@ -1,498 +1,351 @@
-// Depthwise convolution with channel multiplier 1: every channel is a plane of its own, too thin
-// for a GEMM. Bound by memory, so each thread reuses what it loads from registers. Any strides,
-// sizes and padding; the kernels of the table below. float32 is IEEE whatever the precision asked
-// for.
+// Depthwise convolution, forward and backward-input, of tensors whose columns are dense (NCHW):
+// every channel is a plane of its own, too thin for a GEMM. Bound by memory, so each block reads a
+// tile of one plane (or several small planes) with its halo once, into shared memory, and stores
+// whole sectors. float32 is IEEE whatever the precision asked for.
 //
-// A thread owns one column and kRows consecutive rows of outputs (a strip) of one plane. It walks
-// the input rows under the strip once, loads the kernel's width of neighbours of each, and adds
-// their products to all the sums they belong to:
+//   depthwise_tile.cuh     the tile: what a block reads, and how
+//   depthwise_fixed.cuh    common kernels: taps known at compile time
+//   depthwise_generic.cuh  all others: any size, stride and dilation
 //
-//                    sums of a thread        registers besides       between threads
-//   forward          kRows outputs           the channel's weights   nothing
-//   backward-input   the same kernel on grad_output with the weight turned by 180 degrees
-//   backward-weight  one of every tap        kRows of grad_output    block, then chunks of blocks
-//
-// Lanes lie along W, so loads are coalesced and the overlaps of neighbours meet in L1; where the
-// channels are the dense dimension (channels_last) lanes lie along them. Column, strip, channel and
-// image are one flat index, so the lanes of small planes do not idle.
+// Backward-input at stride 1 is the forward kernel on grad_output with the weight turned by 180
+// degrees; at a stride only the taps that meet an element are multiplied, never inserted zeros.
+// With a channel multiplier m, forward reads plane c / m and backward-input sums over m planes.
 #include <algorithm>
 
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
-#include "cuda/types.cuh"
+#include "cuda/depthwise_fixed.cuh"
+#include "cuda/depthwise_generic.cuh"
 #include "integers.h"
 
 namespace convops::cuda {
 namespace {
 
-// 14 of 64 rows loaded twice for 7×7, 2 for 3×3; more rows a thread leave small planes fewer
-// threads than the chip has places for.
-constexpr int kRows = 8;
-constexpr int kThreads = 128;
-constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-// Coordinates are int: a side times the stride (2) plus a kernel must fit.
-constexpr int64_t kMaxSide = int64_t{1} << 29;
+using namespace depthwise;
 
-template <int kH_, int kW_, int kStride_>
-struct Shape {
-  static constexpr int kH = kH_, kW = kW_, kStride = kStride_;
-  static constexpr int kTaps = kH * kW;
-  static constexpr int kInputRows = (kRows - 1) * kStride + kH;  // under a strip
-};
-// Output rows between two branches out of a strip that ends early. The branches also keep ptxas
-// from moving all loads to the top, which spills.
-template <typename Shape>
-constexpr int kRowsPerBranch = Shape::kTaps == 49 ? 2 : 4;
-// Sums or weights of 7×7 in float64 spill on one of the default architectures.
-template <typename Shape, typename T>
-constexpr bool kIsCompiled = Shape::kTaps < 49 || sizeof(T) < 8;
+// Coordinates are int: a side times the stride plus a kernel must fit.
+constexpr int64_t kMaxSide = int64_t{1} << 24, kMaxStep = 4096;
+// So many blocks at least before a block takes several planes.
+constexpr int kBlocksPerProcessor = 8;
+
 template <typename... Shapes>
 struct ShapeList {};
-// The kernels that are compiled.
+// The kernels that are compiled; where a window of aligned copies is known at compile time (padding
+// that keeps the size), it comes first.
 using AllShapes =
-    ShapeList<Shape<3, 3, 1>, Shape<5, 5, 1>, Shape<7, 7, 1>, Shape<3, 1, 1>, Shape<1, 3, 1>,
-              Shape<3, 7, 1>, Shape<7, 3, 1>, Shape<3, 3, 2>, Shape<5, 5, 2>, Shape<7, 7, 2>>;
+    ShapeList<Shape<3, 3, 1, false, 3>, Shape<5, 5, 1, false, 2>, Shape<7, 7, 1, false, 1>,
+              Shape<3, 3, 2, false, 3>, Shape<5, 5, 2, false, 2>, Shape<3, 3, 1>, Shape<5, 5, 1>,
+              Shape<7, 7, 1>, Shape<3, 1, 1>, Shape<1, 3, 1>, Shape<3, 7, 1>, Shape<7, 3, 1>,
+              Shape<3, 3, 2>, Shape<5, 5, 2>, Shape<7, 7, 2>, Shape<3, 3, 2, true>,
+              Shape<5, 5, 2, true>, Shape<7, 7, 2, true>>;
 
-// Calls f with the shape of the problem; false if it is not compiled.
+bool is_backward(const ConvProblem& p) { return p.direction == Direction::kBackwardInput; }
+const Tensor4& source(const ConvProblem& p) { return is_backward(p) ? p.output : p.input; }
+
+// Whether every row begins and ends between groups of so many elements, aligned to their size.
+bool rows_aligned(const ConvProblem& p, const Tensor4& t, const void* data, int elements) {
+  return t.size[3] % elements == 0 && t.stride[0] % elements == 0 && t.stride[1] % elements == 0 &&
+         t.stride[2] % elements == 0 &&
+         reinterpret_cast<uintptr_t>(data) % (elements * element_size(p.dtype)) == 0;
+}
+
+// The column of the source that the first tap of the first result meets, at stride 1 or forward.
+int first_column(const ConvProblem& p) {
+  return int(is_backward(p) ? p.padding.w - (p.kernel().w - 1) : -p.padding.w);
+}
+
+// Calls f with the first compiled shape of the problem; false if there is none.
 template <typename F, typename... Shapes>
-bool with_shape(const ConvProblem& p, F&& f, ShapeList<Shapes...>) {
+bool with_shape(const ConvProblem& p, const void* from, F&& f, ShapeList<Shapes...>) {
+  const Pair kernel = p.kernel();
+  if ((p.dilation.h > 1 && kernel.h > 1) || (p.dilation.w > 1 && kernel.w > 1)) return false;
+  if (is_backward(p) && p.group_out_channels() > 1) return false;
+  const bool aligned = rows_aligned(p, source(p), from, 4);
+  const int shift = first_column(p) & 3;
   const auto matches = [&](auto shape) {
-    return p.kernel().h == shape.kH && p.kernel().w == shape.kW && p.stride.h == shape.kStride &&
-           p.stride.w == shape.kStride;
+    return kernel.h == shape.kH && kernel.w == shape.kW && p.stride.h == shape.kStride &&
+           p.stride.w == shape.kStride &&
+           shape.kTransposed == (is_backward(p) && shape.kStride > 1) &&
+           (!shape.kAligned || (aligned && shape.kShift == shift));
   };
   return ((matches(Shapes{}) && (f(Shapes{}), true)) || ...);
 }
 
-// Strips of all planes a flat index runs over, columns fastest.
-struct Strips {
-  int64_t columns, strips;
-  int64_t planes;
-  bool fits_32;  // 64-bit divisions cost several times as much
+// What a tile is made of: the results of a thread and the windows under them.
+struct Geometry {
+  int thread_rows, thread_columns;
+  int row_step, column_step;  // of windows, from thread to thread
+  int halo_rows, halo_columns;
+  int shift;          // columns before the first that is needed
+  int strips;         // of all planes of a block, at most
+  int read_words;     // that a thread reads of a row, from its first on
+  int rows, columns;  // results of a plane and phase, with those cells hang over
+};
 
-  Strips(int64_t height, int64_t width, int64_t planes_)
-      : columns(width), strips((height + kRows - 1) / kRows), planes(planes_) {
-    fits_32 = count() <= INT32_MAX;
+// Divides planes among blocks; shared_bytes is kMaxSharedBytes at most, or the window of a single
+// thread does not fit.
+Tile make_tile(const ConvProblem& p, Tile tile, const Geometry& g, int64_t planes, int processors) {
+  const int size = int(element_size(p.dtype)), per_word = 4 / size;
+  const int lanes = int(std::max<int64_t>(1, ceil_divide(g.columns, g.thread_columns)));
+  const int strips = int(std::max<int64_t>(1, ceil_divide(g.rows, g.thread_rows)));
+  const auto tiles = [&] {
+    tile.tiles_w = int(ceil_divide(lanes, tile.lanes));
+    tile.tiles_h = int(ceil_divide(strips, tile.strips));
+    return ceil_divide(planes, tile.planes) * tile.tiles_w * tile.tiles_h;
+  };
+  // Evenly: no tile much smaller than the others.
+  tile.lanes = int(ceil_divide(lanes, ceil_divide(lanes, kMaxThreads)));
+  tile.strips = std::clamp(g.strips / tile.lanes, 1, strips);
+  tile.strips = int(ceil_divide(strips, ceil_divide(strips, tile.strips)));
+  tile.planes = 1;
+  if (tiles() == planes) {
+    const int room = std::min(g.strips / (tile.lanes * tile.strips), kMaxPlanes);
+    tile.planes =
+        int(std::clamp<int64_t>(planes / (kBlocksPerProcessor * processors), 1, std::max(room, 1)));
   }
-  __host__ __device__ int64_t count() const { return columns * strips * planes; }
-};
-// A quotient and remainder of a flat index.
-struct Split {
-  int64_t quotient;
-  int remainder;
-};
-__host__ __device__ __forceinline__ Split split(int64_t index, int64_t size, bool fits_32) {
-  if (fits_32) {
-    const uint32_t quotient = uint32_t(index) / uint32_t(size);
-    return {int64_t(quotient), int(uint32_t(index) - quotient * uint32_t(size))};
-  }
-  return {index / size, int(index % size)};
-}
-
-// A tensor that is read with padding. Sizes are of a plane.
-struct Source {
-  int64_t image_stride, channel_stride, row_stride, column_stride;
-  int height, width;
-  int pad_h, pad_w;
-
-  Source(const Tensor4& t, int64_t pad_h_, int64_t pad_w_)
-      : image_stride(t.stride[0]),
-        channel_stride(t.stride[1]),
-        row_stride(t.stride[2]),
-        column_stride(t.stride[3]),
-        height(int(t.size[2])),
-        width(int(t.size[3])),
-        pad_h(int(pad_h_)),
-        pad_w(int(pad_w_)) {}
-};
-
-// Calls f(r, values) for each input row r under the strip whose first output is (oh, ow); zeros
-// outside. Ends early where the strip has no more outputs, `rows`. kDense: the column stride is 1,
-// so neighbours are at constant offsets.
-template <typename Shape, bool kDense, typename T, typename F>
-__host__ __device__ __forceinline__ void walk_rows(const Source& source, const T* plane, int oh,
-                                                   int ow, int rows, F&& f) {
-  using Sum = AccumulateType<T>;
-  const int h0 = oh * Shape::kStride - source.pad_h, w0 = ow * Shape::kStride - source.pad_w;
-  const int64_t step = kDense ? 1 : source.column_stride;
-  int64_t offset = h0 * source.row_stride + w0 * step;
-#pragma unroll
-  for (int r = 0; r < Shape::kInputRows; ++r, offset += source.row_stride) {
-    constexpr int kFirst = Shape::kH - Shape::kStride;  // where a strip of no outputs would end
-    const int ended = (r - kFirst) / Shape::kStride;    // outputs that need no row from r on
-    if (r > kFirst && (r - kFirst) % Shape::kStride == 0 && ended % kRowsPerBranch<Shape> == 0 &&
-        rows <= ended)
-      break;
-    const bool row_inside = unsigned(h0 + r) < unsigned(source.height);
-    Sum values[Shape::kW];
-#pragma unroll
-    for (int kw = 0; kw < Shape::kW; ++kw) {
-      const bool inside = row_inside && unsigned(w0 + kw) < unsigned(source.width);
-      values[kw] = inside ? convert<Sum>(plane[offset + kw * step]) : Sum(0);
+  const bool dense_rows = p.result().stride[2] == p.result().size[3];
+  const int vector = kVectorBytes / size;
+  while (true) {
+    tiles();
+    tile.rows = tile.strips * g.thread_rows;
+    tile.columns = tile.lanes * g.thread_columns;
+    tile.step_h = tile.strips * g.row_step;
+    tile.step_w = tile.lanes * g.column_step;
+    tile.window_rows = tile.step_h + g.halo_rows;
+    tile.words = int(ceil_divide(tile.step_w + g.halo_columns + g.shift, per_word));
+    tile.words = int(round_up(tile.words, tile.copy_words));
+    tile.pitch = int(round_up(
+        std::max(tile.words, (tile.lanes - 1) * g.column_step / per_word + g.read_words), 4));
+    int64_t words = int64_t(tile.planes) * tile.window_rows * tile.pitch;
+    if (is_staged(tile.store)) {
+      const Tensor4& to = p.result();
+      const int rows = int(std::min<int64_t>(tile.rows, to.size[2]));
+      const bool whole = tile.tiles_w == 1 && dense_rows;
+      tile.row_pitch = whole ? int(to.size[3]) : int(round_up(tile.columns, vector)) + vector;
+      const bool block = whole && tile.tiles_h == 1 && to.stride[1] == to.size[2] * to.size[3] &&
+                         to.stride[0] == to.size[1] * to.stride[1];
+      tile.store = block ? Store::kBlock : whole ? Store::kPlane : Store::kRow;
+      tile.plane_pitch =
+          block ? rows * tile.row_pitch : int(round_up(rows * tile.row_pitch, vector)) + vector;
+      const int64_t staged = int64_t(tile.planes) * tile.plane_pitch + 2 * vector;
+      words = std::max(words, ceil_divide(staged, per_word));
     }
-    f(r, values);
+    const int64_t bytes = 4 * (round_up(words, 4) + tile.planes * tile.taps);
+    tile.shared_bytes = int(std::min<int64_t>(bytes, INT32_MAX));
+    if (bytes <= kMaxSharedBytes) break;
+    int& largest = tile.planes > 1 ? tile.planes : tile.strips > 1 ? tile.strips : tile.lanes;
+    if (largest == 1) break;
+    largest = int(ceil_divide(largest, 2));
   }
+  tile.threads =
+      int(std::min<int64_t>(round_up(tile.planes * tile.strips * tile.lanes, kWarp), kMaxThreads));
+
+  // As many threads a row as leave the fewest idle.
+  int64_t best = INT64_MAX;
+  for (int lanes_a_row = kWarp; lanes_a_row >= 4; lanes_a_row /= 2) {
+    const int64_t steps =
+        ceil_divide(int64_t(tile.planes) * tile.window_rows * lanes_a_row, tile.threads) *
+        (ceil_divide(tile.words, lanes_a_row * tile.copy_words) + 2);
+    if (steps >= best) continue;
+    best = steps;
+    tile.load_lanes = lanes_a_row;
+  }
+  tile.count = tiles() * tile.phases_h * tile.phases_w;
+  return tile;
 }
 
-// The row of the strip that tap row kh multiplies with input row r; -1 if none.
+// Words of the source that can be copied at once where every window begins at a multiple of `step`
+// columns from `first`.
+int words_at_once(const ConvProblem& p, const void* from, int64_t first, int64_t step) {
+  const int per_word = int(4 / element_size(p.dtype));
+  for (int elements = 4; elements > per_word; elements /= 2)
+    if (rows_aligned(p, source(p), from, elements) && first % elements == 0 && step % elements == 0)
+      return elements / per_word;
+  return 1;
+}
+
+Parameters make_parameters(const ConvProblem& p) {
+  Parameters result{};
+  result.problem = p;
+  result.from = source(p);
+  result.to = p.result();
+  result.planes = result.to.size[0] * result.to.size[1];
+  result.multiplier = int(p.group_out_channels());
+  result.sums = is_backward(p) ? result.multiplier : 1;
+  result.weight_row = p.weight.stride[2];
+  result.weight_column = p.weight.stride[3];
+  return result;
+}
+
 template <typename Shape>
-__host__ __device__ constexpr int strip_row(int r, int kh) {
-  const int row = r - kh;
-  return row >= 0 && row % Shape::kStride == 0 && row / Shape::kStride < kRows
-             ? row / Shape::kStride
-             : -1;
-}
-
-// What forward and backward-input tell the kernel. The turned weight is one with negative strides.
-struct Pixels {
-  Strips strips;
-  Source source;
-  int64_t channels;
-  bool channels_fastest;
-  int64_t weight_first, weight_channel, weight_row, weight_column;
-  int64_t bias_stride;
-  int64_t result_image, result_channel, result_row, result_column;
-  int result_height;
-};
-
-template <typename Shape, typename T, bool kDense>
-__host__ __device__ __forceinline__ void compute_pixels(const Pixels& p, const T* source,
-                                                        const T* weight, const T* bias, T* result,
-                                                        int64_t index) {
-  using Sum = AccumulateType<T>;
-  const bool fits_32 = p.strips.fits_32, channels_fastest = !kDense && p.channels_fastest;
-  int64_t channel = 0, image = 0, rest = index;
-  if (channels_fastest) {
-    const Split s = split(rest, p.channels, fits_32);
-    channel = s.remainder;
-    rest = s.quotient;
+Parameters fixed_parameters(const ConvProblem& p, const void* from, const void* to,
+                            int processors) {
+  Parameters result = make_parameters(p);
+  const bool turned = is_backward(p) && Shape::kStride == 1;
+  Tile tile{};
+  tile.phases_h = tile.phases_w = 1;
+  tile.taps = Shape::kTapsInShared;
+  if (turned) {
+    result.weight_first =
+        (Shape::kH - 1) * result.weight_row + (Shape::kW - 1) * result.weight_column;
+    result.weight_row *= -1;
+    result.weight_column *= -1;
+    tile.window_h = int(p.padding.h) - (Shape::kH - 1);
+    tile.window_w = int(p.padding.w) - (Shape::kW - 1);
+  } else if (Shape::kTransposed) {
+    tile.first_h = -int(p.padding.h % Shape::kStride);
+    tile.first_w = -int(p.padding.w % Shape::kStride);
+    tile.window_h = int(p.padding.h) / Shape::kStride - Shape::kHaloRows;
+    tile.window_w = int(p.padding.w) / Shape::kStride - Shape::kHaloColumns;
+  } else {
+    tile.window_h = -int(p.padding.h);
+    tile.window_w = -int(p.padding.w);
   }
-  const Split line = split(rest, p.strips.columns, fits_32);
-  const Split plane = split(line.quotient, p.strips.strips, fits_32);
-  image = plane.quotient;
-  if (!channels_fastest) {
-    const Split s = split(image, p.channels, fits_32);
-    channel = s.remainder;
-    image = s.quotient;
-  }
-  const int ow = line.remainder, oh = plane.remainder * kRows;
-
-  Sum taps[Shape::kH][Shape::kW];
-  const T* channel_weight = weight + p.weight_first + channel * p.weight_channel;
-#pragma unroll
-  for (int kh = 0; kh < Shape::kH; ++kh)
-#pragma unroll
-    for (int kw = 0; kw < Shape::kW; ++kw)
-      taps[kh][kw] = convert<Sum>(channel_weight[kh * p.weight_row + kw * p.weight_column]);
-
-  Sum sums[kRows] = {};
-  const T* source_plane =
-      source + image * p.source.image_stride + channel * p.source.channel_stride;
-  walk_rows<Shape, kDense>(p.source, source_plane, oh, ow, p.result_height - oh,
-                           [&](int r, const Sum(&values)[Shape::kW]) {
-#pragma unroll
-                             for (int kh = 0; kh < Shape::kH; ++kh) {
-                               const int row = strip_row<Shape>(r, kh);
-                               if (row < 0) continue;
-#pragma unroll
-                               for (int kw = 0; kw < Shape::kW; ++kw)
-                                 sums[row] += taps[kh][kw] * values[kw];
-                             }
-                           });
-
-  const Sum shift = bias ? convert<Sum>(bias[channel * p.bias_stride]) : Sum(0);
-  T* place = result + image * p.result_image + channel * p.result_channel + oh * p.result_row +
-             ow * p.result_column;
-#pragma unroll
-  for (int row = 0; row < kRows; ++row, place += p.result_row)
-    if (oh + row < p.result_height) *place = convert<T>(bias ? sums[row] + shift : sums[row]);
+  tile.window_w -= Shape::kShift;
+  tile.copy_words = words_at_once(p, from, tile.window_w, Shape::kColumnStep);
+  const auto results_aligned = [&](int columns) {
+    return tile.first_w == 0 && rows_aligned(p, p.result(), to, columns);
+  };
+  tile.store = results_aligned(4)   ? Store::kFours
+               : results_aligned(2) ? Store::kPairs
+                                    : Store::kRow;
+  const Geometry geometry{.thread_rows = Shape::kRows,
+                          .thread_columns = Shape::kColumns,
+                          .row_step = Shape::kRowStep,
+                          .column_step = Shape::kColumnStep,
+                          .halo_rows = Shape::kHaloRows,
+                          .halo_columns = Shape::kHaloColumns,
+                          .shift = Shape::kAligned ? Shape::kShift : 1,
+                          .strips = kMaxThreads,
+                          .read_words = element_size(p.dtype) == 4 ? kWindowWords<Shape, float>
+                                                                   : kWindowWords<Shape, __half>,
+                          .rows = int(result.to.size[2]) - tile.first_h,
+                          .columns = int(result.to.size[3]) - tile.first_w};
+  result.tile = make_tile(p, tile, geometry, result.planes, processors);
+  return result;
 }
 
-// Grid: x the flat index of strips.
-// At least 1 block a multiprocessor: ptxas then takes the registers that the loads in flight need
-// instead of spilling to reach an occupancy; so in the other kernels.
-template <typename Shape, typename T, bool kDense>
-__global__ void __launch_bounds__(kThreads, 1)
-    pixels_kernel(const __grid_constant__ Pixels p, const T* __restrict__ source,
-                  const T* __restrict__ weight, const T* __restrict__ bias,
-                  T* __restrict__ result) {
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (index < p.strips.count())
-    compute_pixels<Shape, T, kDense>(p, source, weight, bias, result, index);
+Parameters generic_parameters(const ConvProblem& p, const void* from, int processors) {
+  Parameters result = make_parameters(p);
+  const bool backward = is_backward(p);
+  const Pair kernel = p.kernel();
+  Tile tile{};
+  tile.phases_h = backward ? int(p.stride.h) : 1;
+  tile.phases_w = backward ? int(p.stride.w) : 1;
+  tile.taps = int(round_up(kernel.h * kernel.w, 4));
+  tile.store = Store::kFours;
+  const Axis h =
+      make_axis(backward, int(p.padding.h), int(p.stride.h), int(p.dilation.h), int(kernel.h), 0);
+  const Axis w =
+      make_axis(backward, int(p.padding.w), int(p.stride.w), int(p.dilation.w), int(kernel.w), 0);
+  tile.copy_words = 1;
+  // Phase 0 has tap 0: no phase has more taps.
+  const Geometry geometry{.thread_rows = kGenericRows,
+                          .thread_columns = 1,
+                          .row_step = kGenericRows * h.stride,
+                          .column_step = w.stride,
+                          .halo_rows = (h.taps - 1) * h.dilation + 1 - h.stride,
+                          .halo_columns = (w.taps - 1) * w.dilation + 1 - w.stride,
+                          .shift = 1,
+                          .strips = result.sums > 1 ? kMaxThreads : kGenericStrips,
+                          .read_words = 0,
+                          .rows = int(ceil_divide(result.to.size[2], h.step)),
+                          .columns = int(ceil_divide(result.to.size[3], w.step))};
+  result.tile = make_tile(p, tile, geometry, result.planes, processors);
+  return result;
 }
 
-// Backward-weight. A chunk is a range of a channel's strips (of all images).
-struct Taps {
-  Strips strips;  // of one channel
-  Source input;
-  int64_t channels, chunks;
-  int64_t grad_image, grad_channel, grad_row, grad_column;
-  int grad_height;
-
-  // The strips of a chunk are [first(chunk), first(chunk + 1)).
-  __host__ __device__ int64_t first(int64_t chunk) const {
-    // Not count · chunk / chunks: the product may exceed 64 bits for no gain.
-    const int64_t each = (strips.count() + chunks - 1) / chunks;
-    return chunk * each < strips.count() ? chunk * each : strips.count();
-  }
-};
-
-// Adds the products of one strip. Rows past the last are left out, not multiplied by zero: an
-// infinite input in reach of a strip's last output row must not make NaN.
-template <typename Shape, typename T, bool kDense>
-__host__ __device__ __forceinline__ void add_strip(
-    const Taps& p, const T* input, const T* grad, int64_t channel, int64_t index,
-    AccumulateType<T> (&sums)[Shape::kH][Shape::kW]) {
-  using Sum = AccumulateType<T>;
-  const Split line = split(index, p.strips.columns, p.strips.fits_32);
-  const Split plane = split(line.quotient, p.strips.strips, p.strips.fits_32);
-  const int ow = line.remainder, oh = plane.remainder * kRows;
-  const int64_t image = plane.quotient;
-  const int rows = p.grad_height - oh;
-
-  Sum gradient[kRows];
-  const T* place =
-      grad + image * p.grad_image + channel * p.grad_channel + oh * p.grad_row + ow * p.grad_column;
-#pragma unroll
-  for (int row = 0; row < kRows; ++row, place += p.grad_row)
-    gradient[row] = row < rows ? convert<Sum>(*place) : Sum(0);
-
-  const T* input_plane = input + image * p.input.image_stride + channel * p.input.channel_stride;
-  walk_rows<Shape, kDense>(p.input, input_plane, oh, ow, rows,
-                           [&](int r, const Sum(&values)[Shape::kW]) {
-#pragma unroll
-                             for (int kh = 0; kh < Shape::kH; ++kh) {
-                               const int row = strip_row<Shape>(r, kh);
-                               if (row < 0) continue;
-                               if (row < rows) {
-#pragma unroll
-                                 for (int kw = 0; kw < Shape::kW; ++kw)
-                                   sums[kh][kw] += gradient[row] * values[kw];
-                               }
-                             }
-                           });
-}
-
-// Partial sums lie [channel][tap][chunk]. Grid: x channel · chunks + chunk; lanes along W.
-template <typename Shape, typename T, bool kDense>
-__global__ void __launch_bounds__(kThreads, 1)
-    taps_kernel(const __grid_constant__ Taps p, const T* __restrict__ input,
-                const T* __restrict__ grad, AccumulateType<T>* __restrict__ partial) {
-  using Sum = AccumulateType<T>;
-  __shared__ Sum shared[kWarps][Shape::kTaps];
-  const int64_t channel = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
-  const int64_t end = p.first(chunk + 1);
-  Sum sums[Shape::kH][Shape::kW] = {};
-  for (int64_t index = p.first(chunk) + threadIdx.x; index < end; index += kThreads)
-    add_strip<Shape, T, kDense>(p, input, grad, channel, index, sums);
-
-#pragma unroll
-  for (int tap = 0; tap < Shape::kTaps; ++tap) {
-    Sum sum = sums[tap / Shape::kW][tap % Shape::kW];
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += __shfl_down_sync(~0u, sum, lanes);
-    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp][tap] = sum;
-  }
-  __syncthreads();
-  static_assert(Shape::kTaps <= kThreads);
-  if (threadIdx.x >= Shape::kTaps) return;
-  Sum sum = 0;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp][threadIdx.x];
-  partial[(channel * Shape::kTaps + threadIdx.x) * p.chunks + chunk] = sum;
-}
-
-// The same with a lane a channel, for tensors whose channels are dense: a warp has a chunk of 32
-// channels to itself, so nothing is left to add in the block. Grid: x tiles of channels · blocks.
-template <typename Shape, typename T>
-__global__ void __launch_bounds__(kThreads, 1)
-    taps_channels_kernel(const __grid_constant__ Taps p, const T* __restrict__ input,
-                         const T* __restrict__ grad, AccumulateType<T>* __restrict__ partial) {
-  using Sum = AccumulateType<T>;
-  const int64_t tiles = (p.channels + kWarp - 1) / kWarp;
-  const int64_t channel = blockIdx.x % tiles * kWarp + threadIdx.x % kWarp;
-  const int64_t chunk = blockIdx.x / tiles * kWarps + threadIdx.x / kWarp;
-  if (channel >= p.channels || chunk >= p.chunks) return;
-  const int64_t end = p.first(chunk + 1);
-  Sum sums[Shape::kH][Shape::kW] = {};
-  for (int64_t index = p.first(chunk); index < end; ++index)
-    add_strip<Shape, T, false>(p, input, grad, channel, index, sums);
-#pragma unroll
-  for (int tap = 0; tap < Shape::kTaps; ++tap)
-    partial[(channel * Shape::kTaps + tap) * p.chunks + chunk] =
-        sums[tap / Shape::kW][tap % Shape::kW];
-}
-
-// Adds the chunks, a warp an element, in an order that depends on their number only; rounds once.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    reduce_kernel(const __grid_constant__ Tensor4 weight,
-                  const AccumulateType<T>* __restrict__ partial, int64_t chunks,
-                  T* __restrict__ result) {
-  const int64_t element = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (element >= weight.numel()) return;
-  AccumulateType<T> sum = 0;
-  for (int64_t chunk = threadIdx.x % kWarp; chunk < chunks; chunk += kWarp)
-    sum += partial[element * chunks + chunk];
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += __shfl_down_sync(~0u, sum, lanes);
-  if (threadIdx.x % kWarp != 0) return;
-  const int64_t kw = element % weight.size[3], line = element / weight.size[3];
-  const int64_t kh = line % weight.size[2], channel = line / weight.size[2];
-  result[channel * weight.stride[0] + kh * weight.stride[2] + kw * weight.stride[3]] =
-      convert<T>(sum);
-}
-
-// Whether lanes along channels coalesce better than lanes along W.
-bool channels_dense(const Tensor4& t) {
-  return t.stride[1] == 1 && t.stride[3] != 1 && t.size[1] > 1;
-}
-
-int64_t chunk_bytes(const ConvProblem& p) {
-  return p.weight.numel() * (p.dtype == DType::kFloat64 ? 8 : 4);
-}
-
-int64_t wanted_chunks(const ConvProblem& p, const Device& device) {
-  // Several blocks a multiprocessor; and no thread adds more strips than this one after the other,
-  // which bounds the rounding error of large images.
-  constexpr int64_t kBlocksPerProcessor = 8, kStripsPerThread = 64;
-  const int64_t strips = Strips(p.output.size[2], p.output.size[3], p.batch()).count();
-  const int64_t blocks = kBlocksPerProcessor * device.processors;
-  // Warps a channel, and threads of a chunk that share a channel.
-  const bool channels = channels_dense(p.input);
-  const int64_t tiles = channels ? ceil_divide(p.in_channels(), kWarp) : p.in_channels();
-  const int64_t threads = channels ? 1 : kThreads;
-  const int64_t fill = blocks * (channels ? kWarps : 1) / std::max<int64_t>(1, tiles);
-  const int64_t chunks = std::max(fill, ceil_divide(strips, threads * kStripsPerThread));
-  return std::max<int64_t>(1, std::min(chunks, ceil_divide(strips, threads)));
-}
-
-template <typename Shape, typename T>
-void launch_pixels(const ConvProblem& p, const Operands& operands, cudaStream_t stream) {
-  const bool input = p.direction == Direction::kBackwardInput;
-  const Tensor4& from = input ? p.output : p.input;
-  const Tensor4& to = input ? p.input : p.output;
-  const Tensor4& w = p.weight;
-  const Pixels pixels{
-      .strips = Strips(to.size[2], to.size[3], to.size[0] * to.size[1]),
-      .source = Source(from, input ? Shape::kH - 1 - p.padding.h : p.padding.h,
-                       input ? Shape::kW - 1 - p.padding.w : p.padding.w),
-      .channels = p.in_channels(),
-      .channels_fastest = channels_dense(from),
-      .weight_first =
-          input ? (Shape::kH - 1) * w.stride[2] + (Shape::kW - 1) * w.stride[3] : int64_t{0},
-      .weight_channel = w.stride[0],
-      .weight_row = input ? -w.stride[2] : w.stride[2],
-      .weight_column = input ? -w.stride[3] : w.stride[3],
-      .bias_stride = p.bias_stride,
-      .result_image = to.stride[0],
-      .result_channel = to.stride[1],
-      .result_row = to.stride[2],
-      .result_column = to.stride[3],
-      .result_height = int(to.size[2])};
-  const auto source = static_cast<const T*>(input ? operands.output : operands.input);
+template <typename T, typename Kernel>
+void launch(Kernel kernel, const Parameters& p, const Operands& operands, cudaStream_t stream) {
   const auto weight = static_cast<const T*>(operands.weight);
+  const bool backward = is_backward(p.problem);
+  const auto from = static_cast<const T*>(backward ? operands.output : operands.input);
   const auto bias = static_cast<const T*>(operands.bias);
-  const auto result = static_cast<T*>(input ? operands.input : operands.output);
-  const auto blocks = unsigned(ceil_divide(pixels.strips.count(), kThreads));
-  if (from.stride[3] == 1)
-    pixels_kernel<Shape, T, true>
-        <<<blocks, kThreads, 0, stream>>>(pixels, source, weight, bias, result);
-  else
-    pixels_kernel<Shape, T, false>
-        <<<blocks, kThreads, 0, stream>>>(pixels, source, weight, bias, result);
+  const auto to = static_cast<T*>(backward ? operands.input : operands.output);
+  kernel<<<unsigned(p.tile.count), unsigned(p.tile.threads), size_t(p.tile.shared_bytes), stream>>>(
+      p, from, weight, bias, to);
   CONVOPS_LAUNCH_CHECK("depthwise");
 }
 
-template <typename Shape, typename T>
-void launch_taps(const ConvProblem& p, const Operands& operands, const Execution& execution,
-                 cudaStream_t stream) {
-  // Fewer chunks where the workspace is short.
-  const int64_t affordable = execution.workspace_bytes / chunk_bytes(p);
-  const Taps taps{
-      .strips = Strips(p.output.size[2], p.output.size[3], p.batch()),
-      .input = Source(p.input, p.padding.h, p.padding.w),
-      .channels = p.in_channels(),
-      .chunks = std::max<int64_t>(1, std::min(wanted_chunks(p, *execution.device), affordable)),
-      .grad_image = p.output.stride[0],
-      .grad_channel = p.output.stride[1],
-      .grad_row = p.output.stride[2],
-      .grad_column = p.output.stride[3],
-      .grad_height = int(p.output.size[2])};
-  const auto input = static_cast<const T*>(operands.input);
-  const auto grad = static_cast<const T*>(operands.output);
-  const auto partial = static_cast<AccumulateType<T>*>(execution.workspace);
-  if (channels_dense(p.input)) {
-    const int64_t blocks = ceil_divide(taps.channels, kWarp) * ceil_divide(taps.chunks, kWarps);
-    taps_channels_kernel<Shape, T>
-        <<<unsigned(blocks), kThreads, 0, stream>>>(taps, input, grad, partial);
-  } else {
-    const auto blocks = unsigned(taps.channels * taps.chunks);
-    if (p.input.stride[3] == 1)
-      taps_kernel<Shape, T, true><<<blocks, kThreads, 0, stream>>>(taps, input, grad, partial);
-    else
-      taps_kernel<Shape, T, false><<<blocks, kThreads, 0, stream>>>(taps, input, grad, partial);
-  }
-  CONVOPS_LAUNCH_CHECK("depthwise backward-weight");
-  reduce_kernel<T><<<unsigned(ceil_divide(p.weight.numel(), kWarps)), kThreads, 0, stream>>>(
-      p.weight, partial, taps.chunks, static_cast<T*>(operands.weight));
-  CONVOPS_LAUNCH_CHECK("depthwise backward-weight reduction");
-}
+bool dense_columns(const Tensor4& t) { return t.stride[3] == 1 || t.size[3] == 1; }
 
 class Depthwise final : public Algorithm {
  public:
   std::string name() const override { return "depthwise"; }
   DeviceType device_type() const override { return DeviceType::kCuda; }
 
-  std::string can_run(const ConvProblem& p, const Device&) const override {
+  std::string can_run(const ConvProblem& p, const Device& device) const override {
+    if (p.direction == Direction::kBackwardWeight) return "backward-weight";
     if (!p.is_depthwise()) return "not depthwise";
-    if (p.group_out_channels() != 1)
-      return "channel multiplier " + std::to_string(p.group_out_channels());
-    const Pair kernel = p.kernel();
-    if ((p.dilation.h > 1 && kernel.h > 1) || (p.dilation.w > 1 && kernel.w > 1)) return "dilated";
-    if (!with_shape(p, [](auto) {}, AllShapes{}))
-      return "no kernel of " + std::to_string(kernel.h) + 'x' + std::to_string(kernel.w) +
-             ", stride " + std::to_string(p.stride.h) + 'x' + std::to_string(p.stride.w) +
-             " is compiled";
-    if (p.dtype == DType::kFloat64 && kernel.h * kernel.w == 49)
-      return "no float64 kernel of 7x7 is compiled";
-    if (p.direction == Direction::kBackwardInput && p.stride.h > 1)
-      return "backward-input with a stride";
+    if (p.dtype == DType::kFloat64) return "float64";
+    if (!dense_columns(p.input) || !dense_columns(p.output)) return "columns are not dense";
     for (const Pair side : {p.input_size(), p.output_size(), p.padding})
-      if (std::max(side.h, side.w) > kMaxSide) return "a side or padding of more than 2^29";
+      if (std::max(side.h, side.w) > kMaxSide) return "a side or padding of more than 2^24";
+    for (const Pair step : {p.stride, p.dilation})
+      if (std::max(step.h, step.w) > kMaxStep) return "a stride or dilation of more than 4096";
+    const Pair kernel = p.kernel();
+    if (kernel.h * kernel.w > kMaxSharedBytes / 8 ||
+        std::max(kernel.h * p.dilation.h, kernel.w * p.dilation.w) > kMaxSide)
+      return "a kernel of " + std::to_string(kernel.h) + 'x' + std::to_string(kernel.w);
+    const Parameters parameters = parameters_of(p, nullptr, nullptr, device.processors);
+    if (parameters.tile.shared_bytes > kMaxSharedBytes)
+      return "a window of " + std::to_string(parameters.tile.window_rows) + 'x' +
+             std::to_string(parameters.tile.words) + " words does not fit shared memory";
+    if (parameters.tile.count > INT32_MAX) return "more than 2^31 tiles";
     return "";
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // Shares of the two peaks that streaming and the loads from L1 allow; float64 runs at half
-    // rate.
-    constexpr double kBandwidthFraction = 0.6, kFlopsFraction = 0.15, kLaunchSeconds = 4e-6;
-    double rate = device.fp32_flops * kFlopsFraction;
-    if (p.dtype == DType::kFloat64) rate /= 2;
-    return std::max(p.bytes() / (device.bandwidth * kBandwidthFraction), p.flops() / rate) +
-           kLaunchSeconds;
+    // Fitted to an H200. Copies into shared memory cost instructions: most for small planes, whose
+    // halos weigh more, and at a stride, where threads read far apart.
+    constexpr double kBandwidthFraction = 0.8, kFixedFraction = 0.45, kGenericFraction = 0.05;
+    constexpr double kCopiesPerSecond = 4.5e9, kStridedCopiesPerSecond = 1.3e9;  // a multiprocessor
+    constexpr double kLaunchSeconds = 8e-6;
+    const bool fixed = with_shape(p, nullptr, [](auto) {}, AllShapes{});
+    const bool strided = !is_backward(p) && p.stride.w > 1;
+    const Tile tile = parameters_of(p, nullptr, nullptr, device.processors).tile;
+    double copies = double(tile.count) * tile.planes * tile.window_rows * tile.words;
+    if (tile.copy_words > 1)
+      copies /= tile.copy_words;
+    else  // half words are counted: rows of them begin and end within words
+      copies *= 4.0 / double(element_size(p.dtype));
+    const double rate =
+        strided ? kStridedCopiesPerSecond * 4 / double(element_size(p.dtype)) : kCopiesPerSecond;
+    const double memory = p.bytes() / (device.bandwidth * kBandwidthFraction);
+    const double fma =
+        p.flops() / (device.fp32_flops * (fixed ? kFixedFraction : kGenericFraction));
+    return std::max(memory, fma + copies / (rate * device.processors)) + kLaunchSeconds;
   }
 
-  WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {
-    if (p.direction != Direction::kBackwardWeight) return {0, 0};
-    return {chunk_bytes(p), wanted_chunks(p, device) * chunk_bytes(p)};
-  }
+  WorkspaceRange workspace(const ConvProblem&, const Device&) const override { return {0, 0}; }
 
   void run(const ConvProblem& p, const Operands& operands,
            const Execution& execution) const override {
     const auto stream = static_cast<cudaStream_t>(execution.stream);
+    const void* from = is_backward(p) ? operands.output : operands.input;
+    const void* to = is_backward(p) ? operands.input : operands.output;
+    const Parameters parameters = parameters_of(p, from, to, execution.device->processors);
     dispatch(p.dtype, [&](auto tag) {
       using T = decltype(tag);
-      const auto launch = [&](auto shape) {
-        using S = decltype(shape);
-        if constexpr (kIsCompiled<S, T>) {
-          if (p.direction == Direction::kBackwardWeight)
-            launch_taps<S, T>(p, operands, execution, stream);
-          else
-            launch_pixels<S, T>(p, operands, stream);
-        }
-      };
-      with_shape(p, launch, AllShapes{});
+      if constexpr (!std::is_same_v<T, double>) {
+        const auto launch_fixed = [&](auto shape) {
+          launch<T>(fixed_kernel<decltype(shape), T>, parameters, operands, stream);
+        };
+        if (!with_shape(p, from, launch_fixed, AllShapes{}))
+          launch<T>(generic_kernel<T>, parameters, operands, stream);
+      }
     });
+  }
+
+ private:
+  static Parameters parameters_of(const ConvProblem& p, const void* from, const void* to,
+                                  int processors) {
+    Parameters result;
+    const auto fixed = [&](auto shape) {
+      result = fixed_parameters<decltype(shape)>(p, from, to, processors);
+    };
+    if (!with_shape(p, from, fixed, AllShapes{})) result = generic_parameters(p, from, processors);
+    return result;
   }
 };
 
