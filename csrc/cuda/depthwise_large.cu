@@ -363,7 +363,8 @@ class DepthwiseLarge final : public Algorithm {
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted on an H200. To stage and store an element takes as long as so many FMAs at the peak;
     // the products, those with zeros of a core's tiles included, reach these shares of it.
-    constexpr double kElementFmas = 90, kFmaShare = 0.7, kMmaShare = 4, kLaunchSeconds = 4e-6;
+    constexpr double kElementFmas = 90, kFmaShare = 0.7, kMmaShare = 4;
+    constexpr double kLaunchSeconds = 6.7e-6, kHalfLaunchSeconds = 7.8e-6;
     // Columns apart: a sector of memory for each element.
     const double apart = p.input.stride[3] == 1 && p.output.stride[3] == 1 ? 1 : 8;
     const bool tensor_cores = p.dtype != DType::kFloat32;
@@ -375,7 +376,7 @@ class DepthwiseLarge final : public Algorithm {
                                      : double(round_up(int64_t(filter), 4)) / filter;
     const double fmas = p.flops() / 2 * columns * taps / (tensor_cores ? kMmaShare : kFmaShare) +
                         p.bytes() / double(element_size(p.dtype)) * kElementFmas * apart;
-    return fmas / (device.fp32_flops / 2) + kLaunchSeconds;
+    return fmas / (device.fp32_flops / 2) + (tensor_cores ? kHalfLaunchSeconds : kLaunchSeconds);
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {

@@ -295,13 +295,17 @@ class DepthwiseStrips final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     // Shares of the two peaks that streaming and the loads from L1 allow on an H200. float64 runs
-    // at half rate; 16-bit elements are loads and conversions too many, at a stride most of all.
+    // at half rate; 16-bit elements are loads and conversions too many, at a stride most of all;
+    // lanes along channels share no loads.
     constexpr double kBandwidthFraction = 0.7, kFlopsFraction = 0.14;
+    constexpr double kAcrossBandwidthFraction = 0.55, kAcrossSlower = 2.1;
     constexpr double kLaunchSeconds = 5e-6, kHalfLaunchSeconds = 8e-6;
-    const bool half = element_size(p.dtype) == 2;
-    const double slower = p.dtype == DType::kFloat32 ? 1 : half && p.stride.w > 1 ? 5 : 2;
+    const bool half = element_size(p.dtype) == 2, across = channels_dense(p.input);
+    double slower = p.dtype == DType::kFloat32 ? 1 : half && p.stride.w > 1 ? 5 : 2;
+    if (across) slower *= kAcrossSlower;
     const double rate = device.fp32_flops * kFlopsFraction / slower;
-    return std::max(p.bytes() / (device.bandwidth * kBandwidthFraction), p.flops() / rate) +
+    const double share = across ? kAcrossBandwidthFraction : kBandwidthFraction;
+    return std::max(p.bytes() / (device.bandwidth * share), p.flops() / rate) +
            (half ? kHalfLaunchSeconds : kLaunchSeconds);
   }
 
