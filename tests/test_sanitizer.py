@@ -18,7 +18,7 @@ PROGRAM = """
 import itertools, math, sys
 import reference, torch
 from conv_ops import _C
-from problems import ODD, Problem
+from problems import CHANNELS_LAST, DEPTHWISE_TILES, FEW_A_GROUP, LARGE_KERNELS, ODD, Problem
 ops = torch.ops.convops
 names = [entry["name"] for entry in _C.algorithms() if entry["device"] == "cuda"]
 algorithms = [name for name in names if name not in sys.argv[1:]]
@@ -38,15 +38,24 @@ dense = [
     Problem("snug_cells", 2, 16, 12, 16, 24, (4, 4), (2, 2), (1, 1), bias=True),
     Problem("nan", 2, 20, 9, 20, 24, (3, 3), padding=(1, 1), bias=True),
 ]
+# Every instruction takes some hundred times as long here.
+few = [
+    problem
+    for problem in DEPTHWISE_TILES + LARGE_KERNELS + FEW_A_GROUP + CHANNELS_LAST
+    if math.prod(problem.input_size) * math.prod(problem.kernel) < 200_000
+]
+with_tf32 = ("implicit_gemm", "grouped", "grouped_weight")
 ran = 0
-for problem, dtype in itertools.product(ODD + dense, (torch.float32, torch.bfloat16)):
+for problem, dtype in itertools.product(ODD + dense + few, (torch.float32, torch.bfloat16)):
     x, w, bias, dy = reference.operands(problem, dtype, "cuda")
+    if problem in CHANNELS_LAST:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     if problem.name == "nan":  # what fp16 cannot hold is computed again by another kernel
         x[0, 0, 0, 0] = dy[0, 0, 0, 0] = math.nan
     window = (list(problem.stride), list(problem.padding_sides), list(problem.dilation))
     for algorithm, precision in itertools.product(algorithms, ("ieee", "tf32")):
-        # Only implicit_gemm has kernels of its own for TF32.
-        if precision == "tf32" and (algorithm != "implicit_gemm" or dtype != torch.float32):
+        # The others have no kernels of their own for TF32.
+        if precision == "tf32" and (algorithm not in with_tf32 or dtype != torch.float32):
             continue
         options = (*window, problem.groups, precision, algorithm)
         for call in (
