@@ -268,8 +268,8 @@ class Copier {
           __pipeline_memcpy_async(target, source, kBytes, inside ? 0 : kBytes);
         } else {
           // No asynchronous copy has 2 bytes. The barrier before the stage is read orders these.
-          target[0] = inside ? source[0] : T(0.0f);
-          target[1] = inside && !half_ ? source[1] : T(0.0f);
+          target[0] = inside ? source[0] : convert<T>(0.0f);
+          target[1] = inside && !half_ ? source[1] : convert<T>(0.0f);
         }
       }
       from += int64_t(step_) * image_.column_stride;
