@@ -91,17 +91,17 @@ __device__ __forceinline__ void walk(const Arguments& a, const Place& place, con
           copy_grad.advance_image(0);
         }
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      ptx::copy_commit();
     };
 #pragma unroll 1
     for (int item = 1 - kStages; item < count; ++item) {
       if (item >= 0) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+        ptx::copy_wait<kStages - 2>();
         __syncthreads();  // this item has arrived, the one before has been used
       }
       copy(item + kStages - 1);
     }
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    ptx::copy_wait<0>();
     return;
   }
 

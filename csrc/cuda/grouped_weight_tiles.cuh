@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/algorithms.h"
+#include "cuda/ptx/copy.cuh"
 #include "integers.h"
 
 namespace convops::cuda::grouped_weight {
@@ -145,23 +146,6 @@ struct Arguments {
   int chunks;
 };
 
-// Zeros if not inside.
-template <int kFloats>
-__device__ __forceinline__ void copy_async(unsigned to, const float* from, bool inside) {
-  if constexpr (kFloats == 4)
-    asm volatile(
-        "{ .reg .pred outside; setp.eq.s32 outside, %2, 0;\n"
-        "  cp.async.cg.shared.global [%0], [%1], 16, outside; }" ::"r"(to),
-        "l"(from), "r"(int(inside))
-        : "memory");
-  else
-    asm volatile(
-        "{ .reg .pred outside; setp.eq.s32 outside, %2, 0;\n"
-        "  cp.async.ca.shared.global [%0], [%1], %3, outside; }" ::"r"(to),
-        "l"(from), "r"(int(inside)), "n"(kFloats * 4)
-        : "memory");
-}
-
 // What a thread copies of every stage: the same columns, rows and channels. Columns outside the
 // tensor are not touched: they are zero from the beginning.
 class Copier {
@@ -220,7 +204,8 @@ class Copier {
           const int channels = inside ? channels_ - first : 0;
 #pragma unroll
           for (int channel = 0; channel < kOctet; ++channel) {
-            copy_async<kFloats>(target, source, channel < channels);
+            ptx::copy_bytes_or_zeros<kFloats* int(sizeof(float))>(target, source,
+                                                                  channel < channels);
             source += s_.channel_stride;
             target += 4 * s_.plane;
           }

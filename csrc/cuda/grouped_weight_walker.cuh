@@ -3,18 +3,9 @@
 #pragma once
 
 #include "cuda/grouped_weight_tiles.cuh"
+#include "cuda/ptx/mma.cuh"
 
 namespace convops::cuda::grouped_weight {
-
-// D += A·B. A: two pieces of 8 channels × 8 pixels on top of each other, of which a lane has
-// {upper, lower, upper, lower} of its two pixels; the tensor cores want them in neighbouring
-// registers.
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 
 // An operand as the tensor cores get it: they ignore the last 13 bits.
 template <bool kIeee>
@@ -26,14 +17,16 @@ struct Operand {
       hi = __float_as_uint(x) + 0x1000u;  // to nearest
       lo = __float_as_uint(x - __uint_as_float(hi & 0xffffe000u));
     } else {
-      asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(hi) : "f"(x));
+      hi = ptx::round_to_tf32(x);
       lo = 0;
     }
   }
 };
 
-// The pieces of an input row. Those of the first and the last column of the kernel share an MMA;
-// that of the middle one shares it with its own lo, so that hi·hi and lo·hi are one MMA.
+// The pieces of an input row as an MMA's operand of two pieces on top of each other, 8 channels ×
+// 8 pixels each: {upper, lower, upper, lower} of a lane's two pixels. Those of the first and the
+// last column of the kernel share an MMA; that of the middle one shares it with its own lo, so that
+// hi·hi and lo·hi are one MMA.
 template <typename Shape, bool kIeee>
 struct InputRow {
   uint32_t outer_hi[4], outer_lo[4], middle[4];
@@ -123,18 +116,20 @@ struct Walker {
       const uint32_t hi[2] = {left.hi, right.hi}, lo[2] = {left.lo, right.lo};
       const Row* const taps = window + r * Shape::kStride;
 #pragma unroll
-      for (int kh = 0; kh < Shape::kKernel; ++kh) mma(middle[kh], taps[kh].middle, hi);
+      for (int kh = 0; kh < Shape::kKernel; ++kh) ptx::mma_tf32(middle[kh], taps[kh].middle, hi);
       if constexpr (Shape::kKernel > 1)
 #pragma unroll
-        for (int kh = 0; kh < Shape::kKernel; ++kh) mma(outer[kh], taps[kh].outer_hi, hi);
+        for (int kh = 0; kh < Shape::kKernel; ++kh) ptx::mma_tf32(outer[kh], taps[kh].outer_hi, hi);
       if constexpr (kIeee) {
 #pragma unroll
-        for (int kh = 0; kh < Shape::kKernel; ++kh) mma(middle[kh], taps[kh].middle, lo);
+        for (int kh = 0; kh < Shape::kKernel; ++kh) ptx::mma_tf32(middle[kh], taps[kh].middle, lo);
         if constexpr (Shape::kKernel > 1) {
 #pragma unroll
-          for (int kh = 0; kh < Shape::kKernel; ++kh) mma(outer[kh], taps[kh].outer_hi, lo);
+          for (int kh = 0; kh < Shape::kKernel; ++kh)
+            ptx::mma_tf32(outer[kh], taps[kh].outer_hi, lo);
 #pragma unroll
-          for (int kh = 0; kh < Shape::kKernel; ++kh) mma(outer[kh], taps[kh].outer_lo, hi);
+          for (int kh = 0; kh < Shape::kKernel; ++kh)
+            ptx::mma_tf32(outer[kh], taps[kh].outer_lo, hi);
         }
       }
     }
