@@ -209,6 +209,9 @@ struct Source {
     for (const int dimension : {0, 2, 3})
       if (t.size[dimension] > 1) bits |= uint64_t(t.stride[dimension] * size);
     chunk_bytes = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
+    // Whose strides may be anything: addresses outside of the tensor must be aligned, too.
+    if (t.size[2] == 1) image.row_stride = 0;
+    if (t.size[3] == 1) image.column_stride = 0;
   }
 };
 
