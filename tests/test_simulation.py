@@ -1,4 +1,4 @@
-"""The kernels of implicit_gemm without a GPU: compiled for the host, on random problems and plans.
+"""Kernels without a GPU: compiled for the host, on random problems (and plans of implicit_gemm).
 
 tests/simulation/ has a block of threads, the copy engine and the tensor cores in C++, and headers
 that stand for CUDA's. The kernels themselves are those of csrc/, every line of them.
@@ -25,13 +25,19 @@ COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 # As the build's, but for what nvcc would not say of a kernel. Device code may read vectors only
 # where they are aligned: the host would not mind. (Jumps between stacks are no overflow.)
 FLAGS = ["-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-parentheses", "-Wno-psabi"]
+FLAGS += ["-Wno-sign-compare"]
 FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", "-U_FORTIFY_SOURCE"]
 FLAGS += [f"-I{SIMULATION / 'toolkit'}", f"-I{SIMULATION}", f"-I{CSRC}"]  # the first hides CUDA's
 
-KERNELS = ["implicit_gemm_sm90", "implicit_gemm_weights_sm90", "implicit_gemm_exact_sm90"]
+GEMM = ["implicit_gemm_sm90", "implicit_gemm_weights_sm90", "implicit_gemm_exact_sm90"]
 # The planner is part of plans.cpp.
-HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_cost", "_cells")]
-HOST += [CSRC / "problem.cpp"]
+GEMM_HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_cost", "_cells")]
+OTHERS = ["depthwise", "depthwise_strips", "depthwise_weight", "depthwise_large", "grouped"]
+OTHERS += ["depthwise_channels_last", "depthwise_channels_last_weight", "grouped_weight"]
+
+# The programs' own files; all others of tests/simulation/ are of both.
+GEMM_OWN = ["main", "check", "convolution", "plans", "copy_engine", "tensor_cores"]
+OTHERS_OWN = ["algorithms", "problems", "definition", "memory", "fragments"]
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,25 +45,31 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def compile_with(*arguments: str | Path) -> None:
-    done = run(*COMPILER, *FLAGS, *arguments)
+    done = run(*COMPILER, *arguments, *FLAGS)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def translate(name: str, directory: Path) -> Path:
-    """Makes C++ of a .cu file: of its launches and of the memory they are given."""
-    text = (CSRC / f"cuda/{name}.cu").read_text()
-    text = re.sub(r"(\w+)<<<(.*?)>>>\(", r"simulation::launch(\1, \2)(", text, flags=re.DOTALL)
+def translate(path: Path, to: Path) -> Path:
+    """Makes C++ of CUDA: of launches and of the memory they are given."""
+    text = path.read_text()
     text = re.sub(
-        r"extern __shared__ .*?(\w+) (\w+)\[\];", r"\1* const \2 = simulation::shared_memory;", text
+        r"(\w+(?:<[\w, ]+>)?)\s*<<<(.*?)>>>\(",
+        r"simulation::launch(\1, \2)(",
+        text,
+        flags=re.DOTALL,
     )
-    path = directory / f"{name}.cpp"
-    path.write_text(text)
-    return path
+    text = re.sub(
+        r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];",
+        r"\1* const \2 = reinterpret_cast<\1*>(simulation::shared_memory);",
+        text,
+    )
+    to.write_text(text.replace("__noinline__ ", ""))  # a word of libstdc++'s, too
+    return to
 
 
 @pytest.fixture(scope="session")
 def simulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program, compiled once."""
+    """The folder with the programs, compiled once."""
     if sys.platform != "linux":
         pytest.skip("threads are simulated by what Linux has for it (ucontext.h)")
     if shutil.which(COMPILER[0]) is None:
@@ -68,18 +80,31 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if probe.returncode != 0:
         pytest.skip(f"{COMPILER[0]} lacks C++20, _Float16 or a sanitizer: {probe.stderr[-300:]}")
 
-    # Kernels are compiled in less time with less effort; they take more of it than all the rest.
-    jobs = [("-O1", translate(name, directory)) for name in KERNELS]
-    jobs += [("-O3", source) for source in [*sorted(SIMULATION.glob("*.cpp")), *HOST]]
-    objects = [directory / f"{source.stem}.o" for _, source in jobs]
+    # Headers before those of csrc/, which include each other by the same names.
+    translated = directory / "cuda"
+    translated.mkdir()
+    for header in (CSRC / "cuda").glob("*.cuh"):
+        translate(header, translated / header.name)
 
-    def compile_one(job: tuple[str, Path], to: Path) -> None:
-        compile_with(job[0], "-c", job[1], "-o", to)
+    # Kernels are compiled in less time with less effort.
+    jobs = {name: ("-O1", translated / f"{name}.cpp") for name in [*OTHERS, *GEMM]}
+    for name, (_, path) in jobs.items():
+        translate(CSRC / f"cuda/{name}.cu", path)
+    sources = [*sorted(SIMULATION.glob("*.cpp")), *GEMM_HOST, CSRC / "problem.cpp"]
+    jobs |= {source.stem: ("-O3", source) for source in sources}
+
+    def compile_one(name: str) -> None:
+        effort, source = jobs[name]
+        compile_with(effort, f"-I{directory}", "-c", source, "-o", directory / f"{name}.o")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, jobs, objects))
-    compile_with(*objects, "-o", directory / "simulate")
-    return directory / "simulate"
+        list(pool.map(compile_one, jobs))
+    gemm = {*GEMM, *GEMM_OWN, *(source.stem for source in GEMM_HOST)}
+    others = {*OTHERS, *OTHERS_OWN}
+    for program, leave in {"simulate": others, "algorithms": gemm}.items():
+        objects = [directory / f"{name}.o" for name in jobs if name not in leave]
+        compile_with(*objects, "-o", directory / program)
+    return directory
 
 
 PLANS = 100  # of every theme
@@ -111,7 +136,7 @@ THEMES = {
 def simulated(simulator: Path) -> dict[str, subprocess.CompletedProcess[str]]:
     """What each theme's run said; all of them at once, as far as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = pool.map(lambda theme: run(simulator, theme, "1", str(PLANS)), THEMES)
+        runs = pool.map(lambda theme: run(simulator / "simulate", theme, "1", str(PLANS)), THEMES)
         return dict(zip(THEMES, runs, strict=True))
 
 
@@ -143,3 +168,47 @@ def test_no_kind_of_plan_is_left_out(
     total = sum(map(covered, simulated.values()), Counter())
     print(dict(total))
     assert_covered(total, LEAST)
+
+
+CASES = {
+    **{"depthwise": 600, "depthwise_strips": 1000, "depthwise_weight": 1000},
+    **{"depthwise_large": 700, "depthwise_channels_last": 400},
+    **{"grouped": 400, "grouped_weight": 300},
+}
+# Of every algorithm, as a share of its cases; of some, and different kernels, in numbers.
+LEAST_SHARES = {"special": 0.15, "repeated": 0.15, "gaps": 0.3, "asymmetric": 0.2}
+LEAST_SHARES |= {"padding_beyond": 0.05, "many_images": 0.05, "several_blocks": 0.08, "tf32": 0.07}
+LEAST_SHARES |= {"wide": 0.02, "high": 0.01, "scaled": 0.01}
+HALVES = {"float16": 100, "bfloat16": 100, "float32": 100}
+PIXELS = {"forward": 100, "backward_input": 100, "bias": 50}
+PARTS = {"least_workspace": 10, "full_workspace": 10, "backward_weight": 100, "no_images": 4}
+LEAST_CASES = {
+    "depthwise": {**HALVES, **PIXELS, "multiplied": 80, "dilated": 100, "kernels": 50},
+    "depthwise_strips": {**HALVES, **PIXELS, "float64": 100, "kernels": 70},
+    "depthwise_weight": {**HALVES, **PARTS, "multiplied": 100, "dilated": 200, "kernels": 42},
+    "depthwise_large": {**HALVES, **PIXELS, **PARTS, "kernels": 22},
+    "depthwise_channels_last": {**HALVES, **PIXELS, **PARTS, "bias": 30, "kernels": 48},
+    "grouped": {**PIXELS, "kernels": 20},
+    "grouped_weight": {**PARTS, "kernels": 7},
+}
+
+
+@pytest.fixture(scope="session")
+def simulated_algorithms(simulator: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What each algorithm's run said."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cases = map(str, CASES.values())
+        runs = pool.map(
+            lambda *which: run(simulator / "algorithms", which[0], "1", which[1]), CASES, cases
+        )
+        return dict(zip(CASES, runs, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", CASES)
+def test_algorithm_is_right_on_random_problems(
+    simulated_algorithms: dict[str, subprocess.CompletedProcess[str]], algorithm: str
+) -> None:
+    done = simulated_algorithms[algorithm]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    shares = {kind: int(share * CASES[algorithm]) for kind, share in LEAST_SHARES.items()}
+    assert_covered(covered(done), shares | LEAST_CASES[algorithm])

@@ -109,6 +109,9 @@ void run_block(int threads, int shared_bytes, const std::function<void(int threa
     }
     if (all_wait) fail("all threads wait");
   }
+  if (std::any_of(shared_memory + shared_bytes, shared_memory + kSharedBytes,
+                  [](uint8_t byte) { return byte != 0xff; }))
+    fail("written behind a block's shared memory");
   block_hook();
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "async_copies.h"
 #include "block.h"
 #include "copy_engine.h"
 #include "cuda/algorithms.h"
@@ -70,6 +71,7 @@ void check_plan(Random& random, const Convolution& c, const GemmPlan& plan, int 
     }
     if (!result.is_untouched_around()) fail("written outside of the result");
     if (open_stores() > 0) fail("a block ends before its results have left");
+    end_copies();
     ++block;
   };
   watch_result(result.begin(), result.begin() + results);

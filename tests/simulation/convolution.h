@@ -1,25 +1,13 @@
 // Random convolutions of small integers, of which every algorithm makes the same sums.
 #pragma once
 
-#include <random>
 #include <string>
 #include <vector>
 
 #include "problem.h"
+#include "random.h"
 
 namespace simulation {
-
-class Random {
- public:
-  explicit Random(unsigned seed) : engine_(seed) {}
-
-  // Any of least, ..., most. (What std::uniform_int_distribution returns is the library's choice.)
-  int between(int least, int most) { return least + int(engine_() % unsigned(most - least + 1)); }
-  bool one_in(int count) { return between(1, count) == 1; }
-
- private:
-  std::mt19937 engine_;
-};
 
 struct Convolution {
   convops::ConvProblem problem;

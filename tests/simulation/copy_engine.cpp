@@ -28,7 +28,7 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 struct Pending {
   std::vector<std::function<void()>> asked, committed;
 };
-std::unordered_map<int, Pending> loads, stores;  // of threads
+std::unordered_map<int, Pending> stores;  // of threads
 const float *result_begin, *result_end;
 
 bool is_aligned(const void* pointer, int bytes) { return uintptr_t(pointer) % bytes == 0; }
@@ -108,13 +108,6 @@ void watch_result(const float* begin, const float* end) {
   result_begin = begin;
   result_end = end;
 }
-
-void copy_float(uint32_t destination, const float* source, bool inside) {
-  float* const to = reinterpret_cast<float*>(shared_memory + destination);
-  check_shared(to, 4);
-  loads[thread_index()].asked.push_back([=] { *to = inside ? *source : 0; });
-}
-void wait_copies() { finish(loads[thread_index()].asked); }
 
 void load_bulk(void* destination, const void* source, uint32_t bytes) {
   if (!is_aligned(destination, kBulkAlignment) || !is_aligned(source, kBulkAlignment) ||

@@ -14,10 +14,6 @@ namespace simulation {
 constexpr uint32_t kPoison = 0x7fbadbad;
 void watch_result(const float* begin, const float* end);
 
-// By any thread, four bytes to an address in shared memory.
-void copy_float(uint32_t destination, const float* source, bool inside);
-void wait_copies();
-
 void load_bulk(void* destination, const void* source, uint32_t bytes);
 // Returns the bytes of the box.
 int64_t load_box(void* destination, const CUtensorMap& map, const int32_t (&place)[4]);

@@ -1,5 +1,5 @@
 // Stands for the toolkit's header and for what nvcc has built in: enough of CUDA to compile the
-// kernels of implicit_gemm for the host. What threads do together is in block.h. A kernel that uses
+// kernels of csrc/ for the host. What threads do together is in block.h. A kernel that uses
 // another built-in fails to compile here: then that one belongs here as well.
 #pragma once
 
@@ -11,8 +11,10 @@
 #include <cstring>
 
 #include "block.h"
+#include "launches.h"
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __grid_constant__
@@ -31,6 +33,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -38,10 +43,11 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct dim3 {
-  unsigned x = 1, y = 1;
-  dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned count() const { return x * y * z; }
 };
-inline dim3 threadIdx, blockIdx, gridDim;  // of the thread that runs
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs
 
 template <typename T>
 T min(T a, T b) {
@@ -53,6 +59,9 @@ T max(T a, T b) {
 }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return uint32_t((uint64_t{high} << 32 | low) >> (shift & 31));
+}
 inline int __ffs(uint32_t bits) { return __builtin_ffs(int(bits)); }
 // Addresses in shared memory count from its start.
 inline size_t __cvta_generic_to_shared(const void* pointer) {
@@ -62,6 +71,9 @@ inline size_t __cvta_generic_to_shared(const void* pointer) {
 inline void __syncwarp() { simulation::exchange(0); }
 inline void __syncthreads() { simulation::count_threads(false); }
 inline int __syncthreads_or(int predicate) { return simulation::count_threads(predicate != 0) > 0; }
+inline int __syncthreads_and(int predicate) {
+  return simulation::count_threads(predicate == 0) == 0;
+}
 inline int __syncthreads_count(int predicate) { return simulation::count_threads(predicate != 0); }
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -69,7 +81,12 @@ T __shfl_sync(unsigned, T value, int lane) {
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int apart) {
-  return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ apart);
+  return __shfl_sync(mask, value, simulation::thread_index() % simulation::kWarp ^ apart);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int apart) {
+  const int lane = simulation::thread_index() % simulation::kWarp, from = lane + apart;
+  return __shfl_sync(mask, value, from < simulation::kWarp ? from : lane);
 }
 inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   uint32_t most = 0;
@@ -87,6 +104,9 @@ inline uint32_t __ballot_sync(unsigned, bool predicate) {
   }
   return bits;
 }
+inline bool __any_sync(unsigned mask, bool predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
 inline bool __all_sync(unsigned mask, bool predicate) {
   return __ballot_sync(mask, predicate) == ~0u;
 }
@@ -99,7 +119,8 @@ constexpr int cudaEnableDefault = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  simulation::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
   return cudaSuccess;
 }
 // The driver's functions are found by their names: copy_engine.cpp has the only one.
@@ -111,18 +132,23 @@ namespace simulation {
 // kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), as the translation in
 // test_simulation.py writes it: launch(kernel, grid, threads, shared_bytes, stream)(arguments...).
 template <typename Kernel>
-auto launch(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t) {
+auto launch(Kernel* kernel, dim3 grid, dim3 threads, int64_t shared_bytes, cudaStream_t) {
   return [=](const auto&... arguments) {
+    check_launch(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads.count(),
+                 int(shared_bytes));
     gridDim = grid;
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x)
-        run_block(
-            threads, shared_bytes,
-            [&](int thread) {
-              threadIdx = dim3(thread);
-              blockIdx = dim3(x, y);
-            },
-            [&] { kernel(arguments...); });
+    blockDim = threads;
+    const auto digits = [](unsigned index, dim3 sizes) {
+      return dim3(index % sizes.x, index / sizes.x % sizes.y, index / sizes.x / sizes.y);
+    };
+    for (unsigned block = 0; block < grid.count(); ++block)
+      run_block(
+          int(threads.count()), int(shared_bytes),
+          [&](int thread) {
+            threadIdx = digits(unsigned(thread), threads);
+            blockIdx = digits(block, grid);
+          },
+          [&] { kernel(arguments...); });
   };
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "async_copies.h"
 #include "barrier.h"
 #include "copy_engine.h"
 #include "libcudacxx.h"
@@ -10,12 +11,20 @@
 namespace convops::cuda::ptx {
 
 inline void copy_float(uint32_t destination, const float* source, bool inside) {
-  simulation::copy_float(destination, source, inside);
+  simulation::copy_async(destination, source, 4, inside ? 4 : 0);
 }
-inline void copy_commit() {}
+template <int kBytes>
+void copy_bytes(uint32_t destination, const void* source, bool inside = true) {
+  simulation::copy_async(destination, source, kBytes, inside ? kBytes : 0);
+}
+template <int kBytes>
+void copy_bytes_or_zeros(uint32_t destination, const void* source, bool inside) {
+  copy_bytes<kBytes>(destination, source, inside);
+}
+inline void copy_commit() { simulation::commit_copies(); }
 template <int kPending>
 void copy_wait() {
-  simulation::wait_copies();
+  simulation::wait_copies(kPending);
 }
 inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
   simulation::expect_bytes(barrier, bytes);
