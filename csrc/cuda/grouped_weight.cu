@@ -9,10 +9,11 @@
 // in registers.
 //
 // Precision: tf32 rounds operands to nearest and multiplies once. ieee splits x into hi, x rounded
-// to TF32, and lo, the rest, which TF32 holds exactly, and adds lo·hi, hi·lo and hi·hi; what is
-// left out is at most 2^-24 of the product. Sums leave the tensor cores, which truncate, after
-// every stage. Data for which this fails (sums that are not finite, operands so small that lo or
-// products lose bits) is found afterwards and summed again by fused multiply-adds in plain fp32.
+// to TF32, and lo, the rest, of which TF32 holds all but the last bit, and adds lo·hi, hi·lo and
+// hi·hi; what is left out is at most 2^-21 of the product: half of that lo·lo, half the cut bits.
+// Sums leave the tensor cores, which truncate, after every stage. Data for which this fails (sums
+// that are not finite, operands so small that lo or products lose bits) is found afterwards and
+// summed again by fused multiply-adds in plain fp32.
 //
 // A block sums a chunk of all rows of all images. Its warps are jobs × columns and one that copies,
 // by cp.async into a ring of stages. Where groups have at most 4 channels, several share a job:
