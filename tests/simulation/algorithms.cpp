@@ -80,7 +80,7 @@ class Tensor {
 };
 
 Device random_device(Random& random) {
-  const int processors = random.one_in(3) ? 132 : random.between(1, random.one_in(2) ? 8 : 132);
+  const int processors = random.one_in(3) ? 132 : random.between(1, random.one_in(2) ? 4 : 132);
   return {DeviceType::kCuda, 0, "simulated", 90, processors, 4.8e12, 67e12};
 }
 
