@@ -209,8 +209,7 @@ class Simulation {
     count("many_images", p.batch() > 8);
     count("multiplied", p.group_out_channels() > 1);
     count("dilated", p.dilation.h > 1 || p.dilation.w > 1);
-    const bool odd = p.padding.h >= p.kernel().h || p.padding.w >= p.kernel().w;
-    count("padding_beyond", odd);
+    count("padding_beyond", p.padding.h >= p.kernel().h || p.padding.w >= p.kernel().w);
     const auto behind = [&](int64_t in, int64_t out, int64_t kernel, int64_t stride,
                             int64_t dilation) {
       return (out - 1) * stride + (kernel - 1) * dilation + 1 - in;
@@ -218,6 +217,7 @@ class Simulation {
     count("asymmetric", behind(p.input_size().w, p.output_size().w, p.kernel().w, p.stride.w,
                                p.dilation.w) != 2 * p.padding.w);
     count("gaps", extent(p.input) > p.input.numel() && extent(p.output) > p.output.numel());
+    count("octets", p.input_size().w % 8 == 0 && p.output_size().w % 8 == 0);
     count("wide", p.output_size().w > 64);
     count("high", p.output_size().h > 64);
     count("least_workspace", bytes == range.minimum && range.wanted > range.minimum);
