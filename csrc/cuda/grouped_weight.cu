@@ -303,6 +303,12 @@ class GroupedWeight final : public Algorithm {
       return "more than 2^33 output rows";
     if (Tiling(p).blocks_of_a_chunk() > INT32_MAX) return "more than 2^31 blocks";
     if (device.compute_capability < 80) return "no TF32 tensor cores";
+    // What is left out of a product is 8 times what rounding it leaves out: no more than a sum of
+    // so many terms loses anyway.
+    constexpr int64_t kFewestTerms = 8;
+    const int64_t terms = p.batch() * p.output_pixels();
+    if (p.precision == Precision::kIeee && terms > 0 && terms < kFewestTerms)
+      return "ieee sums of " + std::to_string(terms) + " products";
     return "";
   }
 
