@@ -388,15 +388,19 @@ class DepthwiseWeight final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // Copies and FMAs of the blocks of a multiprocessor overlap in part. Shares of the peaks on an
-    // H200; a run-time shape is bound by reads of shared memory.
-    constexpr double kBandwidthFraction = 0.95, kFlopsFraction = 0.6, kWarpFlopsFraction = 0.1;
-    constexpr double kStartSeconds = 6e-6;
+    // Fitted on an H200 (20% root mean square on the layers of docs/depthwise_weight.md). To bring
+    // an element takes as long as so many FMAs at the peak: padded rows are copied by words, 16-bit
+    // elements converted. A run-time shape is bound by reads of shared memory.
+    constexpr double kElementFmas = 4, kPaddedFmas = 23, kHalfFmas = 19;
+    constexpr double kFlopsFraction = 0.7, kWarpFlopsFraction = 0.1, kStartSeconds = 8.5e-6;
     const bool fixed =
         with_sums(Window(p), [](auto tag) { return decltype(tag)::Sums::kFixed; }, AllSums{});
-    return p.bytes() / (device.bandwidth * kBandwidthFraction) +
-           p.flops() / (device.fp32_flops * (fixed ? kFlopsFraction : kWarpFlopsFraction)) +
-           kStartSeconds;
+    const double element = kElementFmas + (p.padding.w > 0 ? kPaddedFmas : 0) +
+                           (p.dtype == DType::kFloat32 ? 0 : kHalfFmas);
+    const double elements = double(p.input.numel()) + double(p.output.numel());
+    const double flops =
+        2 * element * elements + p.flops() / (fixed ? kFlopsFraction : kWarpFlopsFraction);
+    return p.bytes() / device.bandwidth + flops / device.fp32_flops + kStartSeconds;
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {
