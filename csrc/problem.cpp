@@ -250,6 +250,11 @@ bool Tensor4::suggests_channels_last() const {
   return true;
 }
 
+std::string window_text(const ConvProblem& p) {
+  const auto by = [](int64_t h, int64_t w) { return std::to_string(h) + 'x' + std::to_string(w); };
+  return by(p.kernel().h, p.kernel().w) + ", stride " + by(p.stride.h, p.stride.w);
+}
+
 bool ConvProblem::is_pointwise() const {
   return kernel().h == 1 && kernel().w == 1 && stride.h == 1 && stride.w == 1 && padding.h == 0 &&
          padding.w == 0 && output_size().h == input_size().h && output_size().w == input_size().w;

@@ -44,6 +44,8 @@ struct Tensor4 {
   int64_t stride[4];
 
   CONVOPS_HOST_DEVICE int64_t numel() const { return size[0] * size[1] * size[2] * size[3]; }
+  // Whether neighbours of a row are neighbours in memory.
+  bool has_dense_columns() const { return stride[3] == 1 || size[3] == 1; }
   bool is_contiguous() const;
   bool is_channels_last() const;
   // torch's Tensor::suggest_memory_format() == ChannelsLast (c10/core/MemoryFormat.h), whose rule
@@ -84,6 +86,10 @@ struct ConvProblem {
   // 1×1, stride 1, unpadded: the input is its own column matrix.
   bool is_pointwise() const;
   bool is_depthwise() const { return groups == in_channels() && group_in_channels() == 1; }
+  // Whether there are taps that a dilation moves apart.
+  bool is_dilated() const {
+    return (dilation.h > 1 && weight.size[2] > 1) || (dilation.w > 1 && weight.size[3] > 1);
+  }
   // Multiply-adds count two, padding included: the same in all three directions.
   double flops() const;
   // Each of the three tensors moved once.
@@ -91,6 +97,8 @@ struct ConvProblem {
   const Tensor4& result() const;
 };
 
+// Kernel and stride for people: "3x3, stride 1x1".
+std::string window_text(const ConvProblem& problem);
 // One line that tells two problems apart; the key of tuned choices.
 std::string to_string(const ConvProblem& problem);
 bool operator==(const ConvProblem& a, const ConvProblem& b);

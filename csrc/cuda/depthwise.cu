@@ -58,7 +58,7 @@ int first_column(const ConvProblem& p) {
 template <typename F, typename... Shapes>
 bool with_shape(const ConvProblem& p, const void* from, F&& f, ShapeList<Shapes...>) {
   const Pair kernel = p.kernel();
-  if ((p.dilation.h > 1 && kernel.h > 1) || (p.dilation.w > 1 && kernel.w > 1)) return false;
+  if (p.is_dilated()) return false;
   if (is_backward(p) && p.group_out_channels() > 1) return false;
   const bool aligned = rows_aligned(p, source(p), from, 4);
   const int shift = first_column(p) & 3;
@@ -267,8 +267,6 @@ void launch(Kernel kernel, const Parameters& p, const Operands& operands, cudaSt
   CONVOPS_LAUNCH_CHECK("depthwise");
 }
 
-bool dense_columns(const Tensor4& t) { return t.stride[3] == 1 || t.size[3] == 1; }
-
 class Depthwise final : public Algorithm {
  public:
   std::string name() const override { return "depthwise"; }
@@ -278,7 +276,8 @@ class Depthwise final : public Algorithm {
     if (p.direction == Direction::kBackwardWeight) return "backward-weight";
     if (!p.is_depthwise()) return "not depthwise";
     if (p.dtype == DType::kFloat64) return "float64";
-    if (!dense_columns(p.input) || !dense_columns(p.output)) return "columns are not dense";
+    if (!p.input.has_dense_columns() || !p.output.has_dense_columns())
+      return "columns are not dense";
     for (const Pair side : {p.input_size(), p.output_size(), p.padding})
       if (std::max(side.h, side.w) > kMaxSide) return "a side or padding of more than 2^24";
     for (const Pair step : {p.stride, p.dilation})

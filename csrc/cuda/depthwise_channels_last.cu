@@ -93,7 +93,8 @@ __device__ __forceinline__ void store_row(T* place, int64_t column_stride, int f
 }
 
 // A thread's results once more, by the definition: for weights that are not finite, which the walk
-// multiplies by the zeros around the source.
+// multiplies by the zeros around the source. (With definition.cuh's 64-bit coordinates ptxas spills
+// here.)
 template <typename W, int kChannels, typename T>
 __device__ __forceinline__ void store_by_definition(const Pixels& p, const Tile& tile, int column,
                                                     int channel,
@@ -292,12 +293,8 @@ class DepthwiseChannelsLast final : public Algorithm {
     if (p.group_out_channels() != 1)
       return "channel multiplier " + std::to_string(p.group_out_channels());
     if (p.dtype == DType::kFloat64) return "float64";
-    const Pair kernel = p.kernel();
-    if ((p.dilation.h > 1 && kernel.h > 1) || (p.dilation.w > 1 && kernel.w > 1)) return "dilated";
-    if (!is_compiled(p))
-      return "no kernel of " + std::to_string(kernel.h) + 'x' + std::to_string(kernel.w) +
-             ", stride " + std::to_string(p.stride.h) + 'x' + std::to_string(p.stride.w) +
-             " is compiled";
+    if (p.is_dilated()) return "dilated";
+    if (!is_compiled(p)) return "no kernel of " + window_text(p) + " is compiled";
     for (const Tensor4* t : {&p.input, &p.output}) {
       if (t->stride[1] != 1 && t->size[1] > 1)
         return "channels are " + std::to_string(t->stride[1]) + " elements apart";

@@ -336,7 +336,7 @@ class DepthwiseLarge final : public Algorithm {
     const Pair kernel = p.kernel();
     if (p.stride.h > 1 || p.stride.w > 1)
       return "stride " + std::to_string(p.stride.h) + 'x' + std::to_string(p.stride.w);
-    if ((p.dilation.h > 1 && kernel.h > 1) || (p.dilation.w > 1 && kernel.w > 1)) return "dilated";
+    if (p.is_dilated()) return "dilated";
     for (const Pair side : {p.input_size(), p.output_size(), p.padding, kernel})
       if (std::max(side.h, side.w) > kMaxSide) return "a side or padding of more than 2^29";
     std::string reason;

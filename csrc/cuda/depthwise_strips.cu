@@ -279,11 +279,9 @@ class DepthwiseStrips final : public Algorithm {
     if (p.group_out_channels() != 1)
       return "channel multiplier " + std::to_string(p.group_out_channels());
     const Pair kernel = p.kernel();
-    if ((p.dilation.h > 1 && kernel.h > 1) || (p.dilation.w > 1 && kernel.w > 1)) return "dilated";
+    if (p.is_dilated()) return "dilated";
     if (!with_shape(p, [](auto) {}, AllShapes{}))
-      return "no kernel of " + std::to_string(kernel.h) + 'x' + std::to_string(kernel.w) +
-             ", stride " + std::to_string(p.stride.h) + 'x' + std::to_string(p.stride.w) +
-             " is compiled";
+      return "no kernel of " + window_text(p) + " is compiled";
     if (p.dtype == DType::kFloat64 && kernel.h * kernel.w == 49)
       return "no float64 kernel of 7x7 is compiled";
     if (p.direction == Direction::kBackwardInput && p.stride.h > 1)

@@ -367,8 +367,7 @@ class DepthwiseWeight final : public Algorithm {
       return "kernel " + std::to_string(kernel.h) + 'x' + std::to_string(kernel.w) +
              " of more than " + std::to_string(kMaxTaps) + " taps";
     for (const Tensor4* t : {&p.input, &p.output})
-      if (t->size[3] > 1 && t->stride[3] != 1)
-        return "column stride " + std::to_string(t->stride[3]);
+      if (!t->has_dense_columns()) return "column stride " + std::to_string(t->stride[3]);
     for (const Pair side : {p.input_size(), p.output_size(), p.padding})
       if (std::max(side.h, side.w) > kMaxSide) return "a side or padding of more than 2^29";
     for (const Pair step : {p.stride, p.dilation})

@@ -231,14 +231,12 @@ class GroupedConv final : public Algorithm {
     if (p.group_in_channels() < 2 || p.group_out_channels() < 2)
       return "groups of a single channel";
     if (most > kMaxChannels) return "groups of " + std::to_string(most) + " channels";
-    if ((p.dilation.h > 1 || p.dilation.w > 1) && p.kernel().h * p.kernel().w > 1) return "dilated";
+    if (p.is_dilated()) return "dilated";
     if (!with_taps(p, [](auto) {}))
-      return "no kernel of " + std::to_string(p.kernel().h) + 'x' + std::to_string(p.kernel().w) +
-             ", stride " + std::to_string(p.stride.h) + 'x' + std::to_string(p.stride.w) +
-             " and padding " + std::to_string(p.padding.h) + 'x' + std::to_string(p.padding.w) +
-             " is compiled";
+      return "no kernel of " + window_text(p) + " and padding " + std::to_string(p.padding.h) +
+             'x' + std::to_string(p.padding.w) + " is compiled";
     for (const Tensor4* t : {&p.input, &p.output})
-      if (t->size[3] > 1 && t->stride[3] != 1)
+      if (!t->has_dense_columns())
         return "columns " + std::to_string(t->stride[3]) + " elements apart";
     for (const Pair side : {p.input_size(), p.output_size(), p.padding})
       if (std::max(side.h, side.w) > kMaxSide) return "a side or padding of more than 2^29";

@@ -287,14 +287,11 @@ class GroupedWeight final : public Algorithm {
       if (channels < 1 || channels > kMaxGroupChannels)
         return std::to_string(channels) + " channels a group";
     if (p.group_in_channels() == 1 && p.group_out_channels() == 1) return "depthwise";
-    if (p.kernel().h > 1 && (p.dilation.h > 1 || p.dilation.w > 1)) return "dilated";
+    if (p.is_dilated()) return "dilated";
     if (!with_shape(p, [](auto) {}, AllShapes{}))
-      return "no kernel of " + std::to_string(p.kernel().h) + 'x' + std::to_string(p.kernel().w) +
-             ", stride " + std::to_string(p.stride.h) + 'x' + std::to_string(p.stride.w) +
-             " is compiled";
+      return "no kernel of " + window_text(p) + " is compiled";
     for (const Tensor4* t : {&p.input, &p.output})
-      if (t->stride[3] != 1 && t->size[3] > 1)
-        return "column stride " + std::to_string(t->stride[3]);
+      if (!t->has_dense_columns()) return "column stride " + std::to_string(t->stride[3]);
     for (const Pair side :
          {p.input_size(), p.output_size(), p.padding, Pair{p.in_channels(), p.out_channels()}})
       if (std::max(side.h, side.w) > kMaxExtent)
