@@ -28,8 +28,8 @@ struct Taps {
 template <typename W, typename T>
 using Sums = float[W::kH][W::kW][kVector<W, T>];
 
-// What a thread's positions add to one tap, by the definition: for tensors that are not finite,
-// whose infinities the walk multiplies by the zeros around the other tensor.
+// What a thread's positions add to one tap, by the definition: for inputs that are not finite,
+// whose infinities the walk multiplies by the zeros around grad_output.
 template <typename W, typename T>
 __device__ float sum_by_definition(const Taps& p, const Tile& tile, int kh, int kw, int column,
                                    int channel, const T* input, const T* grad) {
@@ -42,13 +42,14 @@ __device__ float sum_by_definition(const Taps& p, const Tile& tile, int kh, int 
     for (int w = column; w < min(column + W::kColumns, p.grad.image.width); ++w) {
       const int row = h * W::kDown + W::kH - 1 - kh - p.pad_h;
       const int source = w * W::kDown + W::kW - 1 - kw - p.pad_w;
-      if (unsigned(row) < unsigned(p.input.image.height) &&
-          unsigned(source) < unsigned(p.input.image.width))
-        sum +=
-            convert<float>(
-                gradient[h * p.grad.image.row_stride + int64_t(w) * p.grad.image.column_stride]) *
-            convert<float>(from[row * p.input.image.row_stride +
-                                int64_t(source) * p.input.image.column_stride]);
+      const bool inside = unsigned(row) < unsigned(p.input.image.height) &&
+                          unsigned(source) < unsigned(p.input.image.width);
+      const float factor =
+          inside ? convert<float>(from[row * p.input.image.row_stride +
+                                       int64_t(source) * p.input.image.column_stride])
+                 : 0.0f;
+      sum += factor * convert<float>(gradient[h * p.grad.image.row_stride +
+                                              int64_t(w) * p.grad.image.column_stride]);
     }
   return sum;
 }

@@ -261,7 +261,7 @@ Cut cut_problem(const ConvProblem& p, const Device& device, const CoreShape& cor
   if (sum) w.result.channel = w.result.image, w.result.image = 0;
   if (input) w.filter.row = -w.filter.row, w.filter.column = -w.filter.column;
   w.sum = sum;
-  w.padding_is_zeros = p.direction == Direction::kForward;
+  w.padding_is_zeros = !input;
   w.channels = p.in_channels();
   w.bias_stride = p.bias_stride;
   const int64_t unit = core.tensor_cores ? 8 : core.columns;

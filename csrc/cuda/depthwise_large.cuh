@@ -29,7 +29,7 @@ struct Correlation {
   Planes source, filter, result;
   int pad_h, pad_w;
   bool sum;               // over the images, of which the filter has planes too: backward-weight
-  bool padding_is_zeros;  // that are multiplied: forward
+  bool padding_is_zeros;  // that are multiplied: not in backward-input
   int64_t channels, items, items_each, chunks;
   int64_t bias_stride;
 

@@ -27,7 +27,7 @@ namespace {
 
 using namespace depthwise_weight;
 
-// The block's sum of one tap by its definition: products of real elements only.
+// The block's sum of one tap by its definition: over real outputs only, padding as zeros.
 template <typename T>
 __device__ float exact_sum(const Gradient& p, const Tile& tile, const T* input, const T* grad,
                            int kh, int kw) {
@@ -39,8 +39,12 @@ __device__ float exact_sum(const Gradient& p, const Tile& tile, const T* input, 
     const int row = int(i % pixels) / tile.columns, column = int(i % pixels) % tile.columns;
     const int h = tile.ih + row * p.window.stride_h + kh * p.window.dilation_h;
     const int w = tile.iw + column * p.window.stride_w + kw * p.window.dilation_w;
-    if (unsigned(h) >= unsigned(p.input.height) || unsigned(w) >= unsigned(p.input.width)) continue;
-    sum += convert<float>(input[image * p.input.image_stride + h * p.input.row_stride + w]) *
+    const bool inside =
+        unsigned(h) < unsigned(p.input.height) && unsigned(w) < unsigned(p.input.width);
+    const float factor =
+        inside ? convert<float>(input[image * p.input.image_stride + h * p.input.row_stride + w])
+               : 0.0f;
+    sum += factor *
            convert<float>(grad[image * p.grad.image_stride + (tile.oh + row) * p.grad.row_stride +
                                tile.ow + column]);
   }
@@ -129,8 +133,8 @@ __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
     finite = finite && isfinite(sum);
     warp_sums[0][tap] = sum;
   }
-  // The zeros around the tensors have been multiplied too. Where that may have made NaN of
-  // infinity, add the products of real elements only.
+  // The zeros around grad_output have been multiplied too. Where that may have made NaN of
+  // infinity, add the products of real outputs only.
   if (!__syncthreads_and(finite)) {
     __shared__ float exact[kMaxWarps];
     for (int tap = 0; tap < p.window.taps(); ++tap) {

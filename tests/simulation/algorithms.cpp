@@ -182,8 +182,7 @@ class Simulation {
              const Tensor& bias) {
     Dense x = input.read(), w = weight.read(), y = output.read();
     const std::vector<Expected> expected =
-        define(p, x, w, y, p.has_bias ? bias.read().values : std::vector<double>{},
-               name_ == "grouped_weight");
+        define(p, x, w, y, p.has_bias ? bias.read().values : std::vector<double>{});
     const Dense& results = p.direction == Direction::kForward         ? y
                            : p.direction == Direction::kBackwardInput ? x
                                                                       : w;

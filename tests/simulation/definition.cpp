@@ -79,7 +79,7 @@ bool Expected::accepts(double result, const ConvProblem& p) const {
 }
 
 std::vector<Expected> define(const ConvProblem& p, Dense& input, Dense& weight, Dense& output,
-                             const std::vector<double>& bias, bool multiplies_padding) {
+                             const std::vector<double>& bias) {
   const bool forward = p.direction == Direction::kForward;
   const bool backward_input = p.direction == Direction::kBackwardInput;
   const Tensor4& result = p.result();
@@ -104,7 +104,7 @@ std::vector<Expected> define(const ConvProblem& p, Dense& input, Dense& weight, 
                   place(n, o, oh, ow).add(x, weight.at(o, c, kh, kw));
                 else if (backward_input && inside)
                   place(n, channel, h, w).add(output.at(n, o, oh, ow), weight.at(o, c, kh, kw));
-                else if (!backward_input && (inside || multiplies_padding))
+                else if (!backward_input)
                   place(o, c, kh, kw).add(x, output.at(n, o, oh, ow));
               }
             }

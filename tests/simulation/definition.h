@@ -33,9 +33,8 @@ struct Expected {
 };
 
 // In the order of the result's sizes. `bias`: empty without. Products with the zeros of padding
-// count in forward, and in backward-weight where `multiplies_padding`.
+// count in forward and backward-weight.
 std::vector<Expected> define(const convops::ConvProblem& problem, Dense& input, Dense& weight,
-                             Dense& output, const std::vector<double>& bias,
-                             bool multiplies_padding);
+                             Dense& output, const std::vector<double>& bias);
 
 }  // namespace simulation
