@@ -115,6 +115,7 @@ def assert_close(
     length: int,
     *,
     precision: str = "ieee",
+    label: str = "",
 ) -> None:
     """Holds a result against fp64, element by element.
 
@@ -124,6 +125,7 @@ def assert_close(
         magnitude: The same operation on the operands' absolute values, in float64.
         length: How many products an element sums.
         precision: "tf32" allows float32 operands to be rounded to TF32.
+        label: What an error begins with: whose result this is.
     """
     assert actual.shape == expected.shape
     roundoff = SUM_ROUNDOFF[actual.dtype]
@@ -143,7 +145,7 @@ def assert_close(
     if worst.numel() and worst.max() > 1:
         index = int(worst.argmax())
         raise AssertionError(
-            f"element {index} is {actual.flatten()[index].item()}, expected "
+            f"{label}: element {index} is {actual.flatten()[index].item()}, expected "
             f"{expected.flatten()[index].item()}: {worst[index]:.3g} times the bound "
             f"{bound.flatten()[index].item():.3g}"
         )

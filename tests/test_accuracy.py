@@ -12,7 +12,7 @@ roundings to subnormal sums add. `python tests/test_accuracy.py` prints where FM
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import pytest
 import reference
 import torch
 from problems import SEEDS, Problem
-from test_conv2d import ALL_ALGORITHMS, run_or_skip, skip_if_missing
+from test_conv2d import results, run_or_skip
 from torch import Tensor
 
 # What a loop of fp32 fused multiply-adds needs: the largest ratio of all DATA on all PROBLEMS in
@@ -60,7 +60,6 @@ CHAINS = {"direct", "im2col_gemm"}
 CHAIN_ERROR = 0.31
 each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
-each_algorithm = pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
 
 # Uniform between -1 and 1, of these sizes.
 Draw = Callable[..., Tensor]
@@ -220,9 +219,12 @@ def convolve(problem: Problem, direction: str, x: Tensor, w: Tensor) -> Tensor:
     return reference.backward_input(problem, x, w)
 
 
-def call(problem: Problem, direction: str, x: Tensor, w: Tensor, **options: str) -> Tensor:
-    """The op's result, on the CPU; skips where the algorithm refuses the problem."""
-    return run_or_skip(problem, direction, x, w, None, x, **options).cpu()
+def calls(
+    problem: Problem, direction: str, x: Tensor, w: Tensor, precision: str
+) -> Iterator[tuple[str, Tensor]]:
+    """`results`, on the CPU."""
+    for algorithm, result in results(problem, direction, x, w, None, x, precision=precision):
+        yield algorithm, result.cpu()
 
 
 class Case(NamedTuple):
@@ -274,7 +276,7 @@ def allowed(problem: Problem, direction: str, case: Case, precision: str) -> Ten
     return 2 * FMA_LOOP * math.sqrt(case.length) * roundoff * magnitude + roundings(case)
 
 
-def check(actual: Tensor, case: Case, bound: Tensor) -> None:
+def check(actual: Tensor, case: Case, bound: Tensor, algorithm: str) -> None:
     """Holds a result against fp64: finite elements within the bound, NaN and Inf in place."""
     actual, expected = actual.double(), case.expected
     assert actual.shape == expected.shape
@@ -290,25 +292,22 @@ def check(actual: Tensor, case: Case, bound: Tensor) -> None:
     wrong = torch.where(right, -1.0, (error / bound).nan_to_num(nan=math.inf))
     index = int(wrong.argmax())
     raise AssertionError(
-        f"{int((~right).sum())} of {right.numel()} elements are wrong; element {index} is "
-        f"{actual.flatten()[index].item()}, expected {expected.flatten()[index].item()}: "
+        f"{algorithm}: {int((~right).sum())} of {right.numel()} elements are wrong; number {index} "
+        f"is {actual.flatten()[index].item()}, expected {expected.flatten()[index].item()}: "
         f"{wrong.flatten()[index].item():.3g} times the bound {bound.flatten()[index].item():.3g}"
     )
 
 
-@each_algorithm
 @each_data
 @each_direction
 @each_problem
-def test_every_kind_of_data(
-    problem: Problem, data: str, direction: str, algorithm: str, device: str
-) -> None:
-    skip_if_missing(algorithm, device)
+def test_every_kind_of_data(problem: Problem, data: str, direction: str, device: str) -> None:
     case = case_of(problem, direction, data)
     x, w = case.x.to(device), case.w.to(device)
     for precision in PRECISIONS[device]:
-        result = call(problem, direction, x, w, precision=precision, algorithm=algorithm)
-        check(result, case, allowed(problem, direction, case, precision))
+        bound = allowed(problem, direction, case, precision)
+        for algorithm, result in calls(problem, direction, x, w, precision):
+            check(result, case, bound, algorithm)
 
 
 @lru_cache(maxsize=4)
@@ -324,7 +323,6 @@ def special_case(
     return make_case(problem, direction, *tensors.values())
 
 
-@each_algorithm
 @pytest.mark.parametrize("place", [0.0, 0.55, 1.0], ids=["first", "inside", "last"])
 @pytest.mark.parametrize(
     "values",
@@ -340,16 +338,15 @@ def test_nan_and_inf_are_where_fp64_has_them(
     operand: str,
     values: tuple[float, ...],
     place: float,
-    algorithm: str,
     device: str,
 ) -> None:
     """Signs included; all other elements are as accurate as ever."""
-    skip_if_missing(algorithm, device)
     case = special_case(problem, direction, operand, values, place)
     x, w = case.x.to(device), case.w.to(device)
     for precision in PRECISIONS[device]:
-        result = call(problem, direction, x, w, precision=precision, algorithm=algorithm)
-        check(result, case, allowed(problem, direction, case, precision))
+        bound = allowed(problem, direction, case, precision)
+        for algorithm, result in calls(problem, direction, x, w, precision):
+            check(result, case, bound, algorithm)
 
 
 @lru_cache(maxsize=2)
@@ -358,27 +355,25 @@ def normal_case(problem: Problem, direction: str) -> tuple[Tensor, Tensor, Tenso
     return x, w, convolve(problem, direction, x, w)
 
 
-@each_algorithm
 @pytest.mark.parametrize("elements", [100_000, 2_000_000])
 @each_direction
 @pytest.mark.parametrize("problem", SEEDS, ids=lambda p: p.name)
 def test_frobenius_error_of_normal_data(
-    problem: Problem, direction: str, elements: int, algorithm: str, device: str
+    problem: Problem, direction: str, elements: int, device: str
 ) -> None:
-    skip_if_missing(algorithm, device)
     if device == "cpu" and elements > 100_000:
         pytest.skip("takes too long on the CPU")
     problem = problem.scaled(elements)
     x, w, expected = normal_case(problem, direction)
     x, w = x.to(device), w.to(device)
     for precision in PRECISIONS[device]:
-        result = call(problem, direction, x, w, precision=precision, algorithm=algorithm)
-        error = float((result.double() - expected).norm() / expected.norm())
-        most = FROBENIUS_ERROR[precision]
-        if algorithm in CHAINS:
-            chain = CHAIN_ERROR * IEEE_ROUNDOFF * math.sqrt(length(problem, direction))
-            most = max(most, chain)
-        assert error <= most
+        for algorithm, result in calls(problem, direction, x, w, precision):
+            error = float((result.double() - expected).norm() / expected.norm())
+            most = FROBENIUS_ERROR[precision]
+            if algorithm in CHAINS:
+                chain = CHAIN_ERROR * IEEE_ROUNDOFF * math.sqrt(length(problem, direction))
+                most = max(most, chain)
+            assert error <= most, algorithm
 
 
 @pytest.mark.parametrize("precision", PRECISIONS["cuda"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import reference
@@ -27,12 +28,13 @@ DEPTHWISE = Problem("depthwise", 4, 8, 33, 31, 8, (3, 3), (1, 1), (1, 1), groups
 each_kind = pytest.mark.parametrize("problem", [GROUPED, DEPTHWISE], ids=lambda p: p.name)
 
 DIRECTIONS = ["forward", "backward_input", "backward_weight"]
-# A problem that an algorithm refuses is skipped with the reason.
 ALGORITHMS = {
     device: [entry["name"] for entry in _C.algorithms() if entry["device"] == device]
     for device in ("cpu", "cuda")
 }
-ALL_ALGORITHMS = list(dict.fromkeys(itertools.chain(*ALGORITHMS.values())))
+each_algorithm = pytest.mark.parametrize(
+    "algorithm", list(dict.fromkeys(itertools.chain(*ALGORITHMS.values())))
+)
 
 
 def run(
@@ -78,69 +80,78 @@ def run_or_skip(problem: Problem, direction: str, *tensors: Tensor | None, **opt
         pytest.skip(str(error))
 
 
-def check(problem: Problem, direction: str, result: Tensor, tensors: tuple, precision: str) -> None:
+def results(
+    problem: Problem, direction: str, *tensors: Tensor | None, **options: str
+) -> Iterator[tuple[str, Tensor]]:
+    """What every algorithm that accepts the problem makes of it.
+
+    For tests whose reference takes longer than the algorithms, most of which refuse most problems:
+    there they are no parameters.
+    """
+    for algorithm in ALGORITHMS[tensors[1].device.type]:
+        try:
+            result = run(problem, direction, *tensors, algorithm=algorithm, **options)
+        except RuntimeError as error:
+            if "cannot run" not in str(error):
+                raise
+        else:
+            yield algorithm, result
+
+
+def expect(problem: Problem, direction: str, tensors: tuple) -> tuple[Tensor, Tensor, int]:
+    """What `assert_close` holds a result against."""
     lengths = {
         "forward": problem.taps + problem.bias,
         "backward_input": problem.o // problem.groups * math.prod(problem.kernel),
         "backward_weight": problem.n * math.prod(problem.output_size[2:]),
     }
     magnitudes = (None if tensor is None else tensor.abs() for tensor in tensors)
-    assert_close(
-        result,
+    return (
         reference.compute(problem, direction, *tensors),
         reference.compute(problem, direction, *magnitudes),
         lengths[direction],
-        precision=precision,
     )
 
 
-@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", SMALL, ids=lambda p: p.name)
-def test_every_algorithm(
-    problem: Problem, dtype: torch.dtype, direction: str, algorithm: str, device: str
-) -> None:
-    skip_if_missing(algorithm, device)
+def test_every_algorithm(problem: Problem, dtype: torch.dtype, direction: str, device: str) -> None:
     tensors = reference.operands(problem, dtype, device)
+    expected = expect(problem, direction, tensors)
     for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-        result = run_or_skip(problem, direction, *tensors, precision=precision, algorithm=algorithm)
-        check(problem, direction, result, tensors, precision)
+        for algorithm, result in results(problem, direction, *tensors, precision=precision):
+            assert_close(result, *expected, precision=precision, label=algorithm)
 
 
-@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=3)), ids="-".join)
-def test_every_layout(
-    layouts: tuple[str, str, str], direction: str, algorithm: str, device: str
-) -> None:
+def test_every_layout(layouts: tuple[str, str, str], direction: str, device: str) -> None:
     """Input, weight and gradient in any strides; PyTorch's output strides."""
-    skip_if_missing(algorithm, device)
     problem = Problem("layout", 3, 8, 7, 6, 12, (3, 2), (2, 1), (1, 1), groups=2, bias=True)
     x, w, bias, grad_output = reference.operands(problem, torch.float32, device)
     x, w, grad_output = (
         LAYOUTS[name](t) for name, t in zip(layouts, (x, w, grad_output), strict=True)
     )
     tensors = (x, w, bias, grad_output)
-    result = run_or_skip(problem, direction, *tensors, algorithm=algorithm)
-    check(problem, direction, result, tensors, "ieee")
-    if direction == "forward":
-        expected = F.conv2d(x, w, bias, problem.stride, problem.padding, groups=problem.groups)
-        assert result.stride() == expected.stride()
-    elif direction == "backward_weight":
-        assert result.stride() == torch.empty_like(w).stride()
+    expected = expect(problem, direction, tensors)
+    for algorithm, result in results(problem, direction, *tensors):
+        assert_close(result, *expected, label=algorithm)
+        if direction == "forward":
+            torchs = F.conv2d(x, w, bias, problem.stride, problem.padding, groups=problem.groups)
+            assert result.stride() == torchs.stride(), algorithm
+        elif direction == "backward_weight":
+            assert result.stride() == torch.empty_like(w).stride(), algorithm
 
 
-@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
 @pytest.mark.parametrize("problem", CHANNELS_LAST, ids=lambda p: p.name)
 def test_channels_last(
-    problem: Problem, sliced: bool, dtype: torch.dtype, direction: str, algorithm: str, device: str
+    problem: Problem, sliced: bool, dtype: torch.dtype, direction: str, device: str
 ) -> None:
     """Also as a slice of the channels, which begins anywhere."""
-    skip_if_missing(algorithm, device)
     x, w, bias, grad_output = reference.operands(problem, dtype, device)
 
     def dense_channels(tensor: Tensor) -> Tensor:
@@ -150,8 +161,9 @@ def test_channels_last(
         return whole.contiguous(memory_format=torch.channels_last)[:, 1 : 1 + problem.c]
 
     tensors = (dense_channels(x), w, bias, dense_channels(grad_output))
-    result = run_or_skip(problem, direction, *tensors, algorithm=algorithm)
-    check(problem, direction, result, tensors, "ieee")
+    expected = expect(problem, direction, tensors)
+    for algorithm, result in results(problem, direction, *tensors):
+        assert_close(result, *expected, label=algorithm)
 
 
 @pytest.mark.parametrize("problem", SEEDS, ids=lambda p: p.name)
@@ -162,7 +174,7 @@ def test_chosen_algorithm_on_seeds(
 ) -> None:
     problem = problem.scaled(400_000)
     tensors = reference.operands(problem, dtype, device)
-    check(problem, direction, run(problem, direction, *tensors), tensors, "ieee")
+    assert_close(run(problem, direction, *tensors), *expect(problem, direction, tensors))
 
 
 @st.composite
@@ -212,14 +224,9 @@ def test_drawn_problems(
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     tensors = (x, w, bias, grad_output)
-    for algorithm in ALGORITHMS[device]:
-        try:
-            result = run(problem, direction, *tensors, algorithm=algorithm)
-        except RuntimeError as error:
-            if "cannot run" not in str(error):
-                raise
-            continue
-        check(problem, direction, result, tensors, "ieee")
+    expected = expect(problem, direction, tensors)
+    for algorithm, result in results(problem, direction, *tensors):
+        assert_close(result, *expected, label=algorithm)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -252,45 +259,37 @@ def test_output_strides_are_those_of_torch(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
 @each_kind
-def test_same_bits_every_time(
-    problem: Problem, algorithm: str, direction: str, device: str
-) -> None:
-    skip_if_missing(algorithm, device)
+def test_same_bits_every_time(problem: Problem, direction: str, device: str) -> None:
     tensors = reference.operands(problem, torch.float32, device)
-    first = run_or_skip(problem, direction, *tensors, algorithm=algorithm)
-    for _ in range(5):
-        assert torch.equal(first, run(problem, direction, *tensors, algorithm=algorithm))
+    for algorithm, first in results(problem, direction, *tensors):
+        for _ in range(5):
+            again = run(problem, direction, *tensors, algorithm=algorithm)
+            assert torch.equal(first, again), algorithm
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("operand", ["input", "weight", "bias"])
-@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
+@pytest.mark.parametrize(
+    ("direction", "operand"),
+    [
+        *(("forward", operand) for operand in ("input", "weight", "bias")),
+        *(("backward_input", operand) for operand in ("grad_output", "weight")),
+        *(("backward_weight", operand) for operand in ("grad_output", "input")),
+    ],
+)
 @each_kind
 def test_nan_and_inf_stay_where_fp64_has_them(
-    problem: Problem, algorithm: str, operand: str, value: float, device: str
+    problem: Problem, direction: str, operand: str, value: float, device: str
 ) -> None:
-    skip_if_missing(algorithm, device)
-    x, w, bias, grad_output = reference.operands(problem, torch.float32, device)
-    {"input": x, "weight": w, "bias": bias}[operand].flatten()[3] = value
-    tensors = (x, w, bias, grad_output)
-    actual = run_or_skip(problem, "forward", *tensors, algorithm=algorithm).double().cpu()
-    expected = reference.forward(problem, x, w, bias)
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert torch.equal(actual.isposinf(), expected.isposinf())
-    assert torch.equal(actual.isneginf(), expected.isneginf())
-    if operand == "bias":
-        return
-    grad_output.flatten()[7] = value
-    for direction in ("backward_input", "backward_weight"):
-        if algorithm == "implicit_gemm" and direction == "backward_weight":
-            continue  # it has none
-        x, w, _, _ = reference.operands(problem, torch.float32, device)
-        actual = run(problem, direction, x, w, None, grad_output, algorithm=algorithm)
-        expected = reference.compute(problem, direction, x, w, None, grad_output)
-        assert torch.equal(actual.cpu().isnan(), expected.isnan())
-        assert torch.equal(actual.cpu().isinf(), expected.isinf())
+    tensors = reference.operands(problem, torch.float32, device)
+    operands = dict(zip(("input", "weight", "bias", "grad_output"), tensors, strict=True))
+    operands[operand].flatten()[3] = value
+    expected = reference.compute(problem, direction, *tensors)
+    for algorithm, result in results(problem, direction, *tensors):
+        actual = result.double().cpu()
+        assert torch.equal(actual.isnan(), expected.isnan()), algorithm
+        assert torch.equal(actual.isposinf(), expected.isposinf()), algorithm
+        assert torch.equal(actual.isneginf(), expected.isneginf()), algorithm
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -306,7 +305,7 @@ def test_16_bit_results_are_rounded_once(direction: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("algorithm", ALL_ALGORITHMS)
+@each_algorithm
 @pytest.mark.parametrize("limit", [0, 3_000, 40_000, 300_000])
 @each_kind
 def test_workspace_limit_is_kept(
@@ -325,7 +324,7 @@ def test_workspace_limit_is_kept(
             assert f"the limit is {limit}" in str(error)
             assert algorithm != "direct" and limit <= 40_000
             return
-    check(problem, direction, result, tensors, "ieee")
+    assert_close(result, *expect(problem, direction, tensors))
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -388,7 +387,7 @@ def test_current_stream_and_graph_capture(problem: Problem, algorithm: str, dire
     with torch.cuda.stream(stream):
         eager = run_or_skip(problem, direction, *tensors, algorithm=algorithm)
     torch.cuda.current_stream().wait_stream(stream)
-    check(problem, direction, eager, tensors, "ieee")
+    assert_close(eager, *expect(problem, direction, tensors))
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -396,7 +395,7 @@ def test_current_stream_and_graph_capture(problem: Problem, algorithm: str, dire
     for tensor in tensors:
         tensor.mul_(0.5)
     graph.replay()
-    check(problem, direction, captured, tensors, "ieee")
+    assert_close(captured, *expect(problem, direction, tensors))
 
 
 @needs_cuda
@@ -415,51 +414,52 @@ def test_tf32_operands_are_rounded_to_nearest(direction: str, algorithm: str) ->
     assert ((actual - expected) / expected).mean().abs() < 2.0**-14
 
 
+def huge(problem: Problem) -> tuple[Tensor, Tensor, None, Tensor]:
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("needs 60 GB of GPU memory")
+    sizes = (problem.input_size, problem.weight_size, problem.output_size)
+    x, w, grad_output = (torch.randn(size, device="cuda") for size in sizes)
+    return x, w, None, grad_output
+
+
 @needs_cuda
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 60 << 30,
-    reason="needs 60 GB of GPU memory",
-)
-@pytest.mark.parametrize("algorithm", ALGORITHMS["cuda"])
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
 @pytest.mark.parametrize("problem", HUGE, ids=lambda p: p.name)
-def test_more_than_2_to_31_elements(problem: Problem, algorithm: str) -> None:
+def test_more_than_2_to_31_elements(problem: Problem, direction: str) -> None:
     """Images and rows at both ends against the same convolution of only those."""
-    x = torch.randn(problem.input_size, device="cuda")
-    w = torch.randn(problem.weight_size, device="cuda")
-    window = ([1, 1], [0, 0], [1, 1], 1, "ieee")
-    try:
-        y = ops.conv2d_forward(x, w, None, *window, algorithm)
-    except RuntimeError as error:
-        if "cannot run" not in str(error):
-            raise
-        pytest.skip(str(error))
-    grad_input = ops.conv2d_backward_input(y, w, problem.input_size, *window, algorithm)
-    grad_weight = ops.conv2d_backward_weight(y, x, problem.weight_size, [], *window, algorithm)
-    rows = 4 + problem.kernel[0]
-    for image in (0, problem.n - 1):
-        for part in (slice(0, rows), slice(problem.h - rows, problem.h)):
-            expected = F.conv2d(x[image : image + 1, :, part].double(), w.double())
-            begin = 0 if part.start == 0 else y.shape[2] - expected.shape[2]
-            actual = y[image : image + 1, :, begin : begin + expected.shape[2]]
-            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
-            # Away from the cut the gradient of the strip is the gradient of the whole.
-            whole = torch.nn.grad.conv2d_input(
-                (1, problem.c, part.stop - part.start, problem.w), w.double(), actual.double()
-            )
-            inner = slice(0, 4) if part.start == 0 else slice(rows - 4, rows)
-            torch.testing.assert_close(
-                grad_input[image : image + 1, :, part][:, :, inner].double(),
-                whole[:, :, inner],
-                rtol=1e-4,
-                atol=1e-4,
-            )
-    expected_weight = torch.zeros(problem.weight_size, dtype=torch.float64, device="cuda")
-    step = max(1, problem.n // 64)
+    x, w, _, grad_output = tensors = huge(problem)
+    few = 5  # rows of the output at either end
+    outputs, window = grad_output.shape[2], few + problem.kernel[0] - 1
+    # Rows of the output, of the input under them, and of those the ones under no others.
+    ends = [
+        (slice(0, few), slice(0, window), slice(0, few)),
+        (slice(outputs - few, outputs), slice(problem.h - window, problem.h), slice(-few, None)),
+    ]
+    images = [slice(0, 1), slice(problem.n - 1, problem.n)]
+    for algorithm, result in results(problem, direction, *tensors):
+        for image, (rows, under, alone) in itertools.product(images, ends):
+            if direction == "forward":
+                actual = result[image, :, rows]
+                expected = F.conv2d(x[image, :, under].double(), w.double())
+            else:
+                actual = result[image, :, under][:, :, alone]
+                size, gradient = (1, problem.c, window, problem.w), grad_output[image, :, rows]
+                expected = torch.nn.grad.conv2d_input(size, w.double(), gradient.double())
+                expected = expected[:, :, alone]
+            assert torch.allclose(actual.double(), expected, rtol=1e-4, atol=1e-5), algorithm
+
+
+@needs_cuda
+@pytest.mark.parametrize("problem", HUGE, ids=lambda p: p.name)
+def test_sums_over_more_than_2_to_31_elements(problem: Problem) -> None:
+    x, _, _, grad_output = tensors = huge(problem)
+    expected = torch.zeros(problem.weight_size, dtype=torch.float64, device="cuda")
+    height, width = grad_output.shape[2:]
+    step = max(1, problem.n // 64)  # images that fit into memory twice
     for i in range(0, problem.n, step):
-        for kh, kw in itertools.product(*map(range, problem.kernel)):
-            window_x = x[i : i + step, :, kh : kh + y.shape[2], kw : kw + y.shape[3]]
-            for o in range(problem.o):
-                expected_weight[o, 0, kh, kw] += (window_x[:, 0] * y[i : i + step, o]).sum(
-                    dtype=torch.float64
-                )
-    torch.testing.assert_close(grad_weight.double(), expected_weight, rtol=1e-3, atol=10.0)
+        for o, kh, kw in itertools.product(*map(range, (problem.o, *problem.kernel))):
+            products = x[i : i + step, 0, kh : kh + height, kw : kw + width]
+            products = products * grad_output[i : i + step, o]
+            expected[o, 0, kh, kw] += products.sum(dtype=torch.float64)
+    for algorithm, result in results(problem, "backward_weight", *tensors):
+        assert torch.allclose(result.double(), expected, rtol=1e-3, atol=10.0), algorithm
