@@ -361,10 +361,12 @@ class DepthwiseLarge final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // Fitted on an H200. To stage and store an element takes as long as so many FMAs at the peak;
-    // the products, those with zeros of a core's tiles included, reach these shares of it.
-    constexpr double kElementFmas = 90, kFmaShare = 0.7, kMmaShare = 4;
-    constexpr double kLaunchSeconds = 6.7e-6, kHalfLaunchSeconds = 7.8e-6;
+    // Fitted on an H200. To stage and store an element takes as long as so many FMAs at the peak,
+    // more where it does not go with three others; the products, those with zeros of a core's tiles
+    // included, reach these shares of it. An element of a block alone takes kElementSeconds.
+    constexpr double kElementFmas = 90, kLoneElementFmas = 220, kFmaShare = 0.7, kMmaShare = 4;
+    constexpr double kElementSeconds = 1.2e-9;
+    constexpr double kLaunchSeconds = 6.7e-6, kHalfLaunchSeconds = 7.8e-6, kSecondLaunch = 3e-6;
     // Columns apart: a sector of memory for each element.
     const double apart = p.input.stride[3] == 1 && p.output.stride[3] == 1 ? 1 : 8;
     const bool tensor_cores = p.dtype != DType::kFloat32;
@@ -374,9 +376,16 @@ class DepthwiseLarge final : public Algorithm {
     const double columns = double(round_up(int64_t(results), tensor_cores ? 8 : 4)) / results;
     const double taps = tensor_cores ? double(round_up(int64_t(filter) + 7, 16)) / filter
                                      : double(round_up(int64_t(filter), 4)) / filter;
+    const Cut cut = cut_problem(p, device, INT64_MAX);
+    const int64_t plane = int64_t(cut.work.source.height) * cut.work.source.width;
+    const bool in_fours = plane % 4 == 0 && (sum || cut.tiles == 1);
+    const double elements = p.bytes() / double(element_size(p.dtype));
     const double fmas = p.flops() / 2 * columns * taps / (tensor_cores ? kMmaShare : kFmaShare) +
-                        p.bytes() / double(element_size(p.dtype)) * kElementFmas * apart;
-    return fmas / (device.fp32_flops / 2) + (tensor_cores ? kHalfLaunchSeconds : kLaunchSeconds);
+                        elements * (in_fours ? kElementFmas : kLoneElementFmas) * apart;
+    const double of_a_block = elements / double(std::max<int64_t>(1, cut.blocks()));
+    return std::max(fmas / (device.fp32_flops / 2), of_a_block * kElementSeconds) +
+           (tensor_cores ? kHalfLaunchSeconds : kLaunchSeconds) +
+           (sum && cut.work.chunks > 1 ? kSecondLaunch : 0);
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {

@@ -335,6 +335,30 @@ int64_t wanted_splits(const ConvProblem& p, const Device& device) {
   return std::max<int64_t>(1, std::min({splits, lines, kMaxGridYZ / p.groups}));
 }
 
+// Blocks, and how many steps along k each takes one after the other.
+struct Steps {
+  double blocks, of_a_block;
+};
+
+Steps steps_of(const ConvProblem& p, const Device& device) {
+  const bool thin = is_thin(p);
+  if (p.direction == Direction::kBackwardWeight) {
+    const int64_t splits = wanted_splits(p, device);
+    const int64_t lines = ceil_divide(p.batch() * p.output_size().h, splits);
+    const int64_t k = thin ? ThinWeightTile::kK : DenseTile::kK;
+    return {double(weight_tiles(p) * splits), double(lines * ceil_divide(p.output_size().w, k))};
+  }
+  const Tensor4& result = p.result();
+  const int64_t channels =
+      p.direction == Direction::kForward ? p.group_in_channels() : p.group_out_channels();
+  const int64_t pixels = result.size[0] * result.size[2] * result.size[3];
+  const int64_t tile_m = thin ? ThinTile::kM : DenseTile::kM;
+  const int64_t tile_n = thin ? ThinTile::kN : DenseTile::kN;
+  return {double(ceil_divide(pixels, tile_n) * ceil_divide(gemm_rows(p), tile_m) * p.groups),
+          double(ceil_divide(channels * p.kernel().h * p.kernel().w,
+                             thin ? ThinTile::kK : DenseTile::kK))};
+}
+
 template <Direction kDirection, typename T, typename Tile>
 void launch_pixels(const ConvProblem& p, const Operands& operands, cudaStream_t stream) {
   constexpr bool kInput = kDirection == Direction::kBackwardInput;
@@ -404,16 +428,18 @@ class Direct final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // Shares of the FMA peak the tiles reach on an H200, their empty rows counted as work; float64
-    // runs at half rate.
-    constexpr double kDenseFraction = 0.11, kThinFraction = 0.0125, kLaunchSeconds = 4e-6;
-    const int64_t tile = is_thin(p) ? ThinTile::kM : DenseTile::kM;
-    double work = p.flops() * double(ceil_divide(gemm_rows(p), tile) * tile) / double(gemm_rows(p));
-    // Every input pixel asks every tap, also those that the stride passes by.
-    if (p.direction == Direction::kBackwardInput) work *= double(p.stride.h * p.stride.w);
-    double rate = device.fp32_flops * (is_thin(p) ? kThinFraction : kDenseFraction);
-    if (p.dtype == DType::kFloat64) rate /= 2;
-    return work / rate + p.bytes() / device.bandwidth + kLaunchSeconds;
+    // Fitted to an H200 (15% root mean square on the layers of five networks): what a block's step
+    // along k takes of its multiprocessor, and alone, waiting; float64 runs at half rate.
+    constexpr double kStepSeconds = 1.5e-6, kThinForwardStepSeconds = 1.1e-6;
+    constexpr double kWaitSeconds = 2e-6, kWeightWaitSeconds = 4e-6, kLaunchSeconds = 4e-6;
+    const bool weight = p.direction == Direction::kBackwardWeight;
+    const Steps work = steps_of(p, device);
+    double step =
+        p.direction == Direction::kForward && is_thin(p) ? kThinForwardStepSeconds : kStepSeconds;
+    if (p.dtype == DType::kFloat64) step *= 2;
+    return work.of_a_block * (work.blocks * step / device.processors +
+                              (weight ? kWeightWaitSeconds : kWaitSeconds)) +
+           kLaunchSeconds;
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {
