@@ -21,6 +21,7 @@
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
 #include "cuda/grouped_weight_walker.cuh"
+#include "cuda/ptx/barrier.cuh"
 
 namespace convops::cuda {
 namespace grouped_weight {
@@ -45,6 +46,13 @@ struct Place {
     chunk = int(index);
   }
 };
+
+// All threads of the block meet, the copying and the computing ones at different places:
+// __syncthreads() would be undefined there.
+__device__ __forceinline__ void next_item() {
+  constexpr int kBarrier = 1;
+  ptx::sync_threads(kBarrier, int(blockDim.x));
+}
 
 // Walks down the block's chunk: the last warps copy, the others compute.
 template <typename Shape, bool kIeee, bool kExactly>
@@ -98,7 +106,7 @@ __device__ __forceinline__ void walk(const Arguments& a, const Place& place, con
     for (int item = 1 - kStages; item < count; ++item) {
       if (item >= 0) {
         ptx::copy_wait<kStages - 2>();
-        __syncthreads();  // this item has arrived, the one before has been used
+        next_item();  // this one has arrived, the one before has been used
       }
       copy(item + kStages - 1);
     }
@@ -119,7 +127,7 @@ __device__ __forceinline__ void walk(const Arguments& a, const Place& place, con
   const int pixels = min(kOctet, a.grad.width - first_pixel - column * kOctet);
 #pragma unroll 1
   for (int item = 0; item < count; ++item, next()) {
-    __syncthreads();
+    next_item();
     if constexpr (kExactly)
       walker.step_exactly(a, stage + input_offset, stage + grad_offset,
                           min(kRows, a.grad.height - row_block * kRows), pixels);

@@ -22,6 +22,9 @@ template <int kThreads>
 __device__ __forceinline__ void sync_threads(int name) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
 }
+__device__ __forceinline__ void sync_threads(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
 
 // Registers a thread of this warpgroup has from here on; all its warps must come by.
 template <int kRegisters>

@@ -15,9 +15,12 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 inline void barrier_arrive(uint64_t* barrier) { simulation::arrive(barrier); }
 
+inline void sync_threads(int name, int threads) {
+  simulation::meet(simulation::named_meeting(name), threads);
+}
 template <int kThreads>
 void sync_threads(int name) {
-  simulation::meet(simulation::named_meeting(name), kThreads);
+  sync_threads(name, kThreads);
 }
 template <int kRegisters>
 void raise_registers() {}
