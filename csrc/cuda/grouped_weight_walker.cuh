@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/grouped_weight_tiles.cuh"
+#include "cuda/ptx/max.cuh"
 #include "cuda/ptx/mma.cuh"
 
 namespace convops::cuda::grouped_weight {
@@ -13,15 +14,14 @@ struct Operand {
   uint32_t hi, lo;
 
   __device__ __forceinline__ explicit Operand(float x) {
-    if constexpr (kIeee) {
-      hi = __float_as_uint(x) + 0x1000u;  // to nearest
-      lo = __float_as_uint(x - __uint_as_float(hi & 0xffffe000u));
-    } else {
-      hi = ptx::round_to_tf32(x);
-      lo = 0;
-    }
+    hi = __float_as_uint(x) + 0x1000u;  // to nearest
+    lo = kIeee ? __float_as_uint(x - __uint_as_float(hi & 0xffffe000u)) : 0;
   }
 };
+// The same in a register of its own: an operand that shares one with another would be copied whole.
+__device__ __forceinline__ uint32_t again(uint32_t operand) {
+  return __float_as_uint(__uint_as_float(operand) + 0.f);
+}
 
 // The pieces of an input row as an MMA's operand of two pieces on top of each other, 8 channels ×
 // 8 pixels each: {upper, lower, upper, lower} of a lane's two pixels. Those of the first and the
@@ -41,8 +41,8 @@ struct InputRow {
       outer_hi[2 * pixel + 1] = right.hi;
       outer_lo[2 * pixel] = left.lo;
       outer_lo[2 * pixel + 1] = right.lo;
-      middle[2 * pixel] = middle_.hi;
-      middle[2 * pixel + 1] = middle_.lo;
+      middle[2 * pixel] = again(middle_.hi);
+      middle[2 * pixel + 1] = kIeee ? again(middle_.lo) : 0;
     }
   }
 };
@@ -88,7 +88,7 @@ struct Walker {
       if constexpr (Shape::kValues == 4) x[3] = from[3];
     }
 #pragma unroll
-    for (const float value : x) magnitudes.input = fmaxf(magnitudes.input, fabsf(value));
+    for (const float value : x) magnitudes.input = ptx::max_nan(magnitudes.input, fabsf(value));
     window[row].set(x);
   }
 
@@ -111,7 +111,7 @@ struct Walker {
       for (int i = 0; i < Shape::kStride; ++i, input += a.input.pitch)
         load_row(Shape::kHalo + r * Shape::kStride + i, input);
       const float2 g = *reinterpret_cast<const float2*>(grad);
-      magnitudes.grad = fmaxf(magnitudes.grad, fmaxf(fabsf(g.x), fabsf(g.y)));
+      magnitudes.grad = ptx::max_nan(ptx::max_nan(magnitudes.grad, fabsf(g.x)), fabsf(g.y));
       const Operand<kIeee> left(g.x), right(g.y);
       const uint32_t hi[2] = {left.hi, right.hi}, lo[2] = {left.lo, right.lo};
       const Row* const taps = window + r * Shape::kStride;
@@ -179,7 +179,8 @@ struct Walker {
   }
 
   __device__ __forceinline__ bool failed() const {
-    bool finite = true;
+    // Rounding may turn a NaN to zero, but the maximum of a NaN is one.
+    bool finite = magnitudes.input < INFINITY && magnitudes.grad < INFINITY;
 #pragma unroll
     for (const float (&pair)[2] : sums)
       finite &= fabsf(pair[0]) < INFINITY && fabsf(pair[1]) < INFINITY;
