@@ -67,15 +67,24 @@ struct Division {
   int64_t steps, merges;    // octets of source channels; merged groups
   int64_t strips, cells_h;  // of an image
   int64_t tiles, blocks;    // octets of result channels of a block; blocks of a merged group
-  int64_t rows, bands, items;
+  int64_t rows, items;      // of a band; strips · bands
   int64_t shared_bytes;
   double blocks_per_processor;  // at a time
   double row_waves;             // rows that a multiprocessor's warps walk down one after the other
 };
 
+// Rows of a band of the images' rows of cells on top of each other that its warps walk down: when
+// it enters an image, kDelay of its own come before the first that is complete.
+template <typename Taps>
+int64_t steps_of(int64_t rows, int64_t images, int64_t cells_h) {
+  const int64_t entered = cells_h % rows == 0   ? 1
+                          : rows % cells_h == 0 ? rows / cells_h
+                                                : std::min(images, (rows - 2) / cells_h + 2);
+  return rows + entered * Taps::kDelay;
+}
+
 template <typename Taps, int kProducts>
 Division divide(const ConvProblem& p, const Device& device) {
-  constexpr int64_t kMaxRows = 64;
   // Of every architecture since sm_80.
   constexpr int64_t kMaxShared = 99 * 1024;
   // Rows as long as it takes to begin: to find the strips, and to pack a tile's weights.
@@ -89,32 +98,43 @@ Division divide(const ConvProblem& p, const Device& device) {
   d.strips = ceil_divide(ceil_divide(result.size[3], Taps::kPhases), kCells);
   d.cells_h = ceil_divide(result.size[2], Taps::kPhases);
   const int64_t octets = ceil_divide(merged * result_channels(p), kOctet);
+  const int64_t images = result.size[0], all_rows = images * d.cells_h;
 
   // Waves of blocks, each as long as its band is high: high bands load fewer rows twice, low ones
   // leave less of the last wave idle.
   for (int64_t tiles = 1; tiles <= kMaxTiles<Taps>; ++tiles) {
     const int64_t shared =
-        int64_t{sizeof(Ring<Taps>)} +
+        int64_t{kWarps * kRingBytes<Taps>} +
         d.steps * tiles * kFragments<Taps> * int64_t{sizeof(WeightFragment<kProducts>)};
     if (octets % tiles != 0 || (tiles > 1 && shared > kMaxShared)) continue;
     const int64_t resident = (tiles > 1 ? kResidentBlocks<Taps, kProducts, 2>
                                         : kResidentBlocks<Taps, kProducts, 1>)*device.processors;
-    for (int64_t rows = 1; rows <= std::min(d.cells_h, kMaxRows); ++rows) {
-      const int64_t bands = ceil_divide(d.cells_h, rows);
-      const int64_t items = result.size[0] * d.strips * bands;
-      const int64_t blocks =
-          ceil_divide(items, int64_t{kWarps * kStrips}) * d.merges * (octets / tiles);
-      const double row_waves = double(ceil_divide(blocks, resident)) *
-                               (double(rows + Taps::kDelay) + kStartRows + kPackRows * tiles);
-      if (d.rows != 0 && row_waves >= d.row_waves) continue;
+    const int64_t lines = d.merges * (octets / tiles);  // of blocks that share a band
+    const int64_t strips_of_block = kWarps * kStrips;
+    const int64_t least = ceil_divide(lines * ceil_divide(d.strips, strips_of_block), resident);
+    const auto consider = [&](int64_t rows) {
+      const int64_t items = d.strips * ceil_divide(all_rows, rows);
+      const int64_t blocks = ceil_divide(items, strips_of_block) * lines;
+      const double row_waves =
+          double(ceil_divide(blocks, resident)) *
+          (double(steps_of<Taps>(rows, images, d.cells_h)) + kStartRows + kPackRows * tiles);
+      if (d.rows != 0 && row_waves >= d.row_waves) return;
       d.tiles = tiles;
       d.blocks = octets / tiles;
       d.rows = rows;
-      d.bands = bands;
       d.items = items;
       d.shared_bytes = shared;
       d.blocks_per_processor = double(std::min(blocks, resident)) / device.processors;
       d.row_waves = row_waves;
+    };
+    constexpr int64_t kMoreWaves = 8;
+    for (int64_t waves = least; waves < least + kMoreWaves; ++waves) {
+      // The lowest bands of so many waves, and the next that begin and end with an image.
+      const int64_t bands = waves * resident / lines * strips_of_block / d.strips;
+      const int64_t rows = ceil_divide(all_rows, std::clamp<int64_t>(bands, 1, all_rows));
+      consider(rows);
+      consider(rows <= d.cells_h ? ceil_divide(d.cells_h, d.cells_h / rows)
+                                 : round_up(rows, d.cells_h));
     }
   }
   return d;
@@ -139,21 +159,28 @@ Grouped describe(const ConvProblem& p, const Division& d, const void* source_dat
     if (turned) return int(padding - (Taps::kSize - 1));
     return Taps::kForward ? int(-padding) : int(padding / Taps::kPhases + Taps::kFirst);
   };
+  const auto bytes = [](int64_t elements) { return elements * int64_t{sizeof(float)}; };
   constexpr int64_t kLast = Taps::kSize - 1;
+  const int64_t octets = (d.steps - 1) * kOctet * source.stride[1];
+  const int64_t image_cells = d.cells_h + Taps::kDelay;
   return {.source_image = source.stride[0],
           .source_channel = source.stride[1],
           .source_row = source.stride[2],
-          .next_octet = kOctet * source.stride[1],
-          .next_row = source.stride[2] - (d.steps - 1) * kOctet * source.stride[1],
+          .next_octet = bytes(kOctet * source.stride[1]),
+          .next_row = bytes(source.stride[2] - octets),
+          .next_source = bytes(source.stride[0] - image_cells * Taps::kSources * source.stride[2]),
           .result_image = result.stride[0],
           .result_channel = result.stride[1],
           .result_row = result.stride[2],
+          .next_cell = bytes(Taps::kPhases * result.stride[2]),
+          .next_result = bytes(result.stride[0] - image_cells * Taps::kPhases * result.stride[2]),
           .source_height = int(source.size[2]),
           .source_width = int(source.size[3]),
           .result_height = int(result.size[2]),
           .result_width = int(result.size[3]),
           .origin_h = origin(p.padding.h),
           .origin_w = origin(p.padding.w),
+          .end_row = int(origin(p.padding.h) + image_cells * Taps::kSources),
           .source_channels = int(source_channels(p)),
           .result_channels = int(result_channels(p)),
           .groups = int(p.groups),
@@ -166,8 +193,9 @@ Grouped describe(const ConvProblem& p, const Division& d, const void* source_dat
           .weight_column = turned ? -w.stride[3] : w.stride[3],
           .bias_stride = p.bias_stride,
           .strips = int(d.strips),
-          .bands = int(d.bands),
+          .cells_h = int(d.cells_h),
           .rows = int(d.rows),
+          .all_rows = int(result.size[0] * d.cells_h),
           .items = int(d.items),
           .steps = int(d.steps),
           .source_vector = (origin(p.padding.w) + Taps::kAligned) % kCells
@@ -243,26 +271,32 @@ class GroupedConv final : public Algorithm {
     if (p.groups * ceil_divide(kMaxChannels, kOctet) > kMaxGridY)
       return std::to_string(p.groups) + " groups";
     const Tensor4& result = result_of(p);
-    if (result.size[0] * result.size[2] * ceil_divide(result.size[3], kCells) > INT32_MAX / 2)
+    // Steps of all strips; an image has at most kDelay more than rows.
+    if (result.size[0] * (result.size[2] + Forward3::kDelay) * ceil_divide(result.size[3], kCells) >
+        INT32_MAX / 2)
       return "more than 2^32 pixels";
     return "";
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted to measurements on an H200: a step's seconds if its warp is alone, and what each of a
-    // multiprocessor's blocks adds for the columns it splits and the products; the share of the
-    // bandwidth that is reached.
-    constexpr double kStepSeconds = 0.18e-6, kColumnSeconds = 15e-9, kMmaSeconds = 3.5e-9;
-    constexpr double kBandwidthShare = 0.46, kLaunchSeconds = 5.8e-6;
+    // multiprocessor's blocks adds for the copies it starts, the columns it splits and the
+    // products; the share of the bandwidth that is reached.
+    constexpr double kStepSeconds = 0.02e-6, kCopySeconds = 29e-9, kColumnSeconds = 11e-9;
+    constexpr double kMmaSeconds = 3.3e-9;
+    constexpr double kBandwidthShare = 0.52, kLaunchSeconds = 4.3e-6;
     if (p.result().numel() == 0) return kLaunchSeconds;
     double seconds = 0;
     with_kernel(p, [&](auto taps, auto products) {
       using Taps = decltype(taps);
       const Division d = divide<Taps, products>(p, device);
       constexpr double kColumns = 2 * Taps::kColumns * Taps::kSources;
+      const double copies =
+          double(2 * Taps::kVectors * kCells) / vector_of(source_of(p), nullptr, sizeof(float));
       const double mmas = double(Taps::kSize * Taps::kSize * products * kMmas * d.tiles);
       const double step =
-          kStepSeconds + d.blocks_per_processor * (kColumns * kColumnSeconds + mmas * kMmaSeconds);
+          kStepSeconds + d.blocks_per_processor * (copies * kCopySeconds +
+                                                   kColumns * kColumnSeconds + mmas * kMmaSeconds);
       seconds = std::max(d.row_waves * double(d.steps) * step,
                          p.bytes() / (device.bandwidth * kBandwidthShare));
     });

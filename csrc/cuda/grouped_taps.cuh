@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/mma.cuh"
 #include "problem.h"
 
 namespace convops::cuda::grouped {
@@ -15,7 +16,7 @@ constexpr int kQuad = 4;                // lanes of a strip
 constexpr int kCells = 4;               // of a strip: one vector store, two instructions
 constexpr int kStrips = kWarp / kQuad;  // of a warp
 constexpr int kMmas = kCells / 2;       // instructions of a strip
-constexpr int kStages = 3;              // steps whose loads are under way
+constexpr int kStages = 3;              // one is read, the loads of the others are under way
 
 // The taps along a side (kernels are square). Forward, a cell is a result and moves on by kStride
 // sources. Backward, it is the kStride results that begin at a multiple of kStride, one for each
@@ -47,24 +48,28 @@ struct Taps {
   // The column that vectors begin at, aligned with the usual padding, and their number.
   static constexpr int kAligned = kForward ? kSize / 2 : -kFirst;
   static constexpr int kVectors = (kColumns - kAligned) / kCells;
-  CONVOPS_HOST_DEVICE static constexpr bool in_vector(int column) {
-    return column >= kAligned && column < kAligned + kVectors * kCells;
-  }
+  // Whether columns before and behind the vectors are read as well: those of the next strips.
+  static constexpr int kEnd = kAligned + kVectors * kCells;
+  static constexpr bool kBefore = kAligned > 0, kBehind = kColumns > kEnd;
+  static_assert(kAligned <= 1 && kColumns <= kEnd + 1);
 };
 
-// What the kernel needs to know. Strides in elements.
+// What the kernel needs to know. Strides in elements; next_...: in bytes, for pointers that move.
 struct Grouped {
   int64_t source_image, source_channel, source_row;
   int64_t next_octet, next_row;  // from a step of a row to the next; from the last to the next row
+  int64_t next_source;           // added behind the last row: to the next image's first
   int64_t result_image, result_channel, result_row;
+  int64_t next_cell, next_result;  // the same of rows of cells
   int source_height, source_width, result_height, result_width;
   int origin_h, origin_w;                        // the first source of cell 0
+  int end_row;                                   // behind the last that an image's cells need
   int source_channels, result_channels, groups;  // channels of a group
   int merged;                                    // groups that share an instruction
   int64_t weight_first, weight_group, weight_result, weight_source, weight_row, weight_column;
   int64_t bias_stride;
-  int strips, bands, rows;           // strips of a row; bands of an image and their rows of cells
-  int items;                         // strips · bands · images
+  int strips, cells_h, rows;         // strips of a row; rows of cells of an image, of a band
+  int all_rows, items;               // cells_h · images; strips · bands
   int steps;                         // octets of source channels
   int source_vector, result_vector;  // elements that may be moved at once: 4, 2 or 1
   bool skips_outside;  // what is outside of the source is not multiplied by the weight
@@ -73,27 +78,34 @@ struct Grouped {
 // Both operands are multiplied by this, so that the parts of the smallest subnormal number are
 // normal numbers; sums by its square less.
 constexpr float kScale = 0x1p23f, kUnscale = 0x1p-46f;
-// Operands below are *plain*: 2^10 scaled products have a finite sum. (NaN is not below.)
-constexpr float kLargestSource = 0x1p40f, kLargestWeight = 0x1p31f;
 
-// A plain number as TF32 parts: rounded, or rounded and the rest. The instruction cuts off what is
-// below the 13th bit.
+// A number as TF32 parts: rounded, or rounded and the rest, of which the instruction cuts off what
+// is below the 13th bit. By floating-point operations: those of integers run at half the rate, and
+// what is infinite or NaN has to stay one of them.
 template <int kProducts>
 struct Parts {
   static constexpr int kCount = kProducts > 1 ? 2 : 1;
   uint32_t part[kCount];
 
   __device__ __forceinline__ static Parts of(float x) {
-    const float scaled = x * kScale;
-    const uint32_t rounded = __float_as_uint(scaled) + 0x1000u;
+    // Veltkamp: a number taken from one so much larger, and that back from it, loses 13 bits.
+    constexpr float kMore = 0x1p13f + 1;
+    const float more = x * (kScale * kMore);
+    const float high = more - fmaf(x, -kScale, more);
     if constexpr (kProducts == 1) {
-      return {rounded};
+      return {__float_as_uint(high)};
     } else {
-      const uint32_t high = rounded & ~0x1fffu;
-      const uint32_t low = __float_as_uint(scaled - __uint_as_float(high));
+      const float low = fmaf(x, kScale, -high);
       // All four products are for sums so short that the low part is rounded as well.
-      return {high, kProducts == 4 ? low + 0x1000u : low};
+      return {__float_as_uint(high),
+              kProducts == 4 ? ptx::round_to_tf32(low) : __float_as_uint(low)};
     }
+  }
+  // The same in registers of its own (and no -0): fragments that share an element would be copied.
+  __device__ __forceinline__ Parts again() const {
+    Parts copy;
+    for (int k = 0; k < kCount; ++k) copy.part[k] = __float_as_uint(__uint_as_float(part[k]) + 0.f);
+    return copy;
   }
 };
 

@@ -32,21 +32,21 @@ __device__ __forceinline__ void copy_bytes(uint32_t destination, const void* sou
                "n"(kBytes), "r"(inside ? kBytes : 0)
                : "memory");
 }
-// The same by a predicate instead of a number of bytes; 16 bypass L1.
+// The same by a predicate, not 0, instead of a number of bytes; 16 bypass L1.
 template <int kBytes>
 __device__ __forceinline__ void copy_bytes_or_zeros(uint32_t destination, const void* source,
-                                                    bool inside) {
+                                                    uint32_t inside) {
   if constexpr (kBytes == 16)
     asm volatile(
         "{ .reg .pred outside; setp.eq.s32 outside, %2, 0;\n"
         "  cp.async.cg.shared.global [%0], [%1], 16, outside; }" ::"r"(destination),
-        "l"(source), "r"(int(inside))
+        "l"(source), "r"(inside)
         : "memory");
   else
     asm volatile(
         "{ .reg .pred outside; setp.eq.s32 outside, %2, 0;\n"
         "  cp.async.ca.shared.global [%0], [%1], %3, outside; }" ::"r"(destination),
-        "l"(source), "r"(int(inside)), "n"(kBytes)
+        "l"(source), "r"(inside), "n"(kBytes)
         : "memory");
 }
 __device__ __forceinline__ void copy_commit() {

@@ -11,4 +11,7 @@ __device__ __forceinline__ int thread_index() {
   return thread;
 }
 
+// Has a value computed here and now, not anew wherever it is used.
+__device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)); }
+
 }  // namespace convops::cuda::ptx

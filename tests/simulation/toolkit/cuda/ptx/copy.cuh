@@ -18,8 +18,8 @@ void copy_bytes(uint32_t destination, const void* source, bool inside = true) {
   simulation::copy_async(destination, source, kBytes, inside ? kBytes : 0);
 }
 template <int kBytes>
-void copy_bytes_or_zeros(uint32_t destination, const void* source, bool inside) {
-  copy_bytes<kBytes>(destination, source, inside);
+void copy_bytes_or_zeros(uint32_t destination, const void* source, uint32_t inside) {
+  copy_bytes<kBytes>(destination, source, inside != 0);
 }
 inline void copy_commit() { simulation::commit_copies(); }
 template <int kPending>

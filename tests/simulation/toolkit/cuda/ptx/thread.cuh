@@ -7,4 +7,6 @@ namespace convops::cuda::ptx {
 
 inline int thread_index() { return simulation::thread_index(); }
 
+inline void keep(int&) {}
+
 }  // namespace convops::cuda::ptx
