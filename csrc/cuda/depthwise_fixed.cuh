@@ -178,6 +178,33 @@ __device__ __forceinline__ void store_vector(T* place, const float* sums) {
   *reinterpret_cast<Vector*>(place) = vector;
 }
 
+// Stores a thread's four results of a row in which only pairs are aligned; for all lanes of a warp.
+// Where vectors begin in the middle of the four, a lane stores its last two with the first two of
+// the next lane: sectors written in two goes, by pairs, took kb82 from 0.53 to 0.68 ms.
+struct Neighbours {
+  bool stores, pair_only;  // whether the row has this thread's results; only two of them
+  bool left, right;        // whether the lanes beside this one have the results beside its own
+};
+template <typename T>
+__device__ __forceinline__ void store_pairs(T* result, const float (&sums)[4],
+                                            const Neighbours& lanes) {
+  const float late[4] = {sums[2], sums[3], __shfl_down_sync(~0u, sums[0], 1),
+                         __shfl_down_sync(~0u, sums[1], 1)};
+  if (!lanes.stores) return;
+  if (reinterpret_cast<uintptr_t>(result) % (4 * sizeof(T)) == 0) {
+    if (lanes.pair_only)
+      store_vector<2>(result, sums);
+    else
+      store_vector<4>(result, sums);
+    return;
+  }
+  if (!lanes.left) store_vector<2>(result, sums);
+  if (lanes.right)
+    store_vector<4>(result + 2, late);
+  else if (!lanes.pair_only)
+    store_vector<2>(result + 2, late);
+}
+
 // Four neighbours of a row into shared memory, where the row may begin anywhere. Lanes are four
 // elements apart; each quarter of a warp begins with another of its four, so that float32 meets
 // every bank once.
@@ -251,17 +278,19 @@ __global__ void __launch_bounds__(kMaxThreads, Shape::kMinBlocks)
       for (int column = 0; column < Shape::kColumns; ++column) sums[row][column] += shift;
   }
   if (!is_staged(tile.store)) {
-    if (!works || column0 >= width) return;
-    T* result = to + place.planes[plane].to + row0 * p.to.stride[2] + column0;
+    T* result = to + (works ? place.planes[plane].to : 0) + row0 * p.to.stride[2] + column0;
+    const int lane = threadIdx.x % kWarp;
+    Neighbours lanes{.pair_only = column0 + 2 >= width,
+                     .left = lane > 0 && column_thread > 0,
+                     .right = lane + 1 < kWarp && column_thread + 1 < tile.lanes &&
+                              column0 + Shape::kColumns < width};
 #pragma unroll
     for (int row = 0; row < Shape::kRows; ++row, result += p.to.stride[2]) {
-      if (unsigned(row0 + row) >= unsigned(height)) continue;
-      if (tile.store == Store::kFours) {
+      lanes.stores = works && column0 < width && unsigned(row0 + row) < unsigned(height);
+      if (tile.store == Store::kPairs)
+        store_pairs(result, sums[row], lanes);
+      else if (lanes.stores)
         store_vector<4>(result, sums[row]);
-      } else {
-        store_vector<2>(result, sums[row]);
-        if (column0 + 2 < width) store_vector<2>(result + 2, sums[row] + 2);
-      }
     }
     return;
   }
