@@ -20,6 +20,7 @@
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
 #include "cuda/depthwise_weight_sums.cuh"
+#include "cuda/depthwise_weight_tiling.cuh"
 #include "integers.h"
 
 namespace convops::cuda {
@@ -38,15 +39,14 @@ __device__ float exact_sum(const Gradient& p, const Tile& tile, const T* input, 
     const int64_t image = tile.image + i / pixels;
     const int row = int(i % pixels) / tile.columns, column = int(i % pixels) % tile.columns;
     const int h = tile.ih + row * p.window.stride_h + kh * p.window.dilation_h;
-    const int w = tile.iw + column * p.window.stride_w + kw * p.window.dilation_w;
+    const int w = tile.iw + p.tiling.shift + column * p.window.stride_w + kw * p.window.dilation_w;
     const bool inside =
         unsigned(h) < unsigned(p.input.height) && unsigned(w) < unsigned(p.input.width);
     const float factor =
         inside ? convert<float>(input[image * p.input.image_stride + h * p.input.row_stride + w])
                : 0.0f;
-    sum += factor *
-           convert<float>(grad[image * p.grad.image_stride + (tile.oh + row) * p.grad.row_stride +
-                               tile.ow + column]);
+    sum += factor * convert<float>(grad[image * p.grad.image_stride +
+                                        (tile.oh + row) * p.grad.row_stride + tile.ow + column]);
   }
   return sum_of_warp(sum);
 }
@@ -77,15 +77,16 @@ __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
   const int grad_place = t.planes * t.input.floats() * int(sizeof(float));
   if (threadIdx.x < 2) {
     const bool of_grad = threadIdx.x == 1;
-    const int raw = t.tile_bytes();
-    copies[threadIdx.x].plan(
-        of_grad ? grad : input, of_grad ? p.grad : p.input, of_grad ? channel : input_channel,
-        of_grad ? tile.oh : tile.ih, of_grad ? tile.ow : tile.iw,
-        of_grad ? tile.rows : p.window.rows(tile.rows),
-        of_grad ? tile.columns : p.window.columns(tile.columns), of_grad ? t.grad : t.input,
-        t.planes, of_grad ? grad_place : 0, of_grad ? raw + t.planes * t.input.raw_bytes() : raw);
+    const int raw = t.stages * t.tile_bytes();
+    copies[threadIdx.x].plan(of_grad ? grad : input, of_grad ? p.grad : p.input,
+                             of_grad ? channel : input_channel, of_grad ? tile.oh : tile.ih,
+                             of_grad ? tile.ow : tile.iw,
+                             of_grad ? tile.rows : p.window.rows(tile.rows),
+                             of_grad ? tile.columns : t.shift + p.window.columns(tile.columns),
+                             of_grad ? t.grad : t.input, t.planes, of_grad ? grad_place : 0,
+                             of_grad ? raw + t.planes * t.input.raw_bytes() : raw);
   }
-  for (int i = threadIdx.x; i < t.tile_bytes() / int(sizeof(float4)); i += blockDim.x)
+  for (int i = threadIdx.x; i < t.stages * t.tile_bytes() / int(sizeof(float4)); i += blockDim.x)
     shared_vectors[i] = {};
   __syncthreads();
 
@@ -93,21 +94,27 @@ __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
   const auto images = [&](int step) {
     return min(t.planes, tile.images_end - tile.image - step * t.planes);
   };
+  const auto tile_of = [&](int step) { return shared + (step & (t.stages - 1)) * t.tile_bytes(); };
   const auto start = [&](int step) {
     const int64_t image = tile.image + step * t.planes;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i)
       copies[i].start(
           i == 0 ? input + image * p.input.image_stride : grad + image * p.grad.image_stride,
-          images(step), shared);
-    ptx::copy_commit();
+          images(step), tile_of(step));
   };
-  const auto floats = reinterpret_cast<const float*>(shared);
 
   Sums sums(p);
-  start(0);
+  // A group of copies a step, if an empty one: so they can be counted.
+  for (int step = 0; step < t.stages; ++step) {
+    if (step < steps) start(step);
+    ptx::copy_commit();
+  }
   for (int step = 0; step < steps; ++step) {
-    ptx::copy_wait<0>();
+    if (t.stages > 1)
+      ptx::copy_wait<1>();
+    else
+      ptx::copy_wait<0>();
     __syncthreads();
     if constexpr (Copies<T>::kRaw) {
 #pragma unroll 1
@@ -115,11 +122,14 @@ __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
       __syncthreads();
       // The raw elements have been read: their place takes the next during the sums.
       if (step + 1 < steps) start(step + 1);
+      ptx::copy_commit();
     }
+    const auto floats = reinterpret_cast<const float*>(tile_of(step));
     sums.add(p, floats, floats + t.planes * t.input.floats(), images(step));
     if constexpr (!Copies<T>::kRaw) {
       __syncthreads();
-      if (step + 1 < steps) start(step + 1);
+      if (step + t.stages < steps) start(step + t.stages);
+      ptx::copy_commit();
     }
   }
   sums.reduce(p.window, warp_sums);
@@ -182,9 +192,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (threadIdx.x % kWarp == 0) weight_at(weight, result, element) = convert<T>(sum);
 }
 
-// A thread adds at most so many products to one sum before the tree of partial sums begins: an
-// error of about 0.3 · sqrt(512) roundings.
-constexpr int64_t kMaxChain = 512;
 // Coordinates are int: a side times the stride plus a kernel must fit.
 constexpr int64_t kMaxSide = int64_t{1} << 29, kMaxStride = 1024;
 
@@ -194,9 +201,12 @@ struct Tag {
 };
 template <typename... Sums>
 struct SumsList {};
-// The kernels that are compiled, the last three for all other problems.
+// The kernels that are compiled: with the shift of a padding that keeps the size; without; the last
+// three for all other problems.
 using AllSums =
-    SumsList<StripSums<3, 3, 1>, StripSums<5, 5, 1>, StripSums<7, 7, 1>, StripSums<3, 1, 1>,
+    SumsList<StripSums<3, 3, 1, 3>, StripSums<5, 5, 1, 2>, StripSums<7, 7, 1, 1>,
+             StripSums<3, 3, 2, 3>, StripSums<5, 5, 2, 2>, StripSums<7, 7, 2, 1>,
+             StripSums<3, 3, 1>, StripSums<5, 5, 1>, StripSums<7, 7, 1>, StripSums<3, 1, 1>,
              StripSums<1, 3, 1>, StripSums<3, 7, 1>, StripSums<7, 3, 1>, StripSums<3, 3, 2>,
              StripSums<5, 5, 2>, StripSums<7, 7, 2>, WarpSums<3>, WarpSums<7>, WarpSums<13>>;
 static_assert(WarpSums<13>::kTaps >= kMaxTaps);
@@ -205,7 +215,8 @@ template <typename Sums>
 bool fits(const Window& w) {
   if constexpr (Sums::kFixed)
     return w.kernel_h == Sums::kH && w.kernel_w == Sums::kW && w.stride_h == Sums::kStride &&
-           w.stride_w == Sums::kStride && w.dilation_h == 1 && w.dilation_w == 1;
+           w.stride_w == Sums::kStride && w.dilation_h == 1 && w.dilation_w == 1 &&
+           (Sums::kShift == 0 || (w.even_rows && (w.pad_w + Sums::kShift) % kVector == 0));
   else
     return w.taps() <= Sums::kTaps;
 }
@@ -215,120 +226,6 @@ auto with_sums(const Window& window, F&& f, SumsList<Sums...>) {
   decltype(f(Tag<WarpSums<13>>{})) result{};
   ((fits<Sums>(window) && (result = f(Tag<Sums>{}), true)) || ...);
   return result;
-}
-
-// fp32 of a step: what is aimed at, so that a multiprocessor has room for as many blocks as its
-// registers allow (strided ones have few threads for their input), and what is taken at most.
-template <typename Sums>
-constexpr int64_t kTileBytes = (Sums::kStrided ? 24 : 36) * 1024;
-constexpr int64_t kMaxTileBytes = 48 * 1024;
-
-int64_t evenly(int64_t count, int64_t most) {
-  return ceil_divide(count, ceil_divide(count, std::max<int64_t>(1, most)));
-}
-
-// Tile and step; chunks are chosen after. threads == 0: no tile fits the shared memory.
-template <typename Sums>
-Tiling tile_for(const ConvProblem& p) {
-  const Window window(p);
-  Tiling t{};
-  const auto lay_out = [&](int64_t rows, int64_t columns, int64_t planes) {
-    t.rows = int(rows);
-    t.columns = int(columns);
-    t.planes = int(planes);
-    const int height = window.rows(t.rows), width = window.columns(t.columns);
-    int64_t read = width;
-    if constexpr (Sums::kFixed)
-      read = (columns - kVector) * Sums::kStride + Sums::kVectors * kVector;
-    t.input = {.rows = height, .pitch = int(round_up(read, kVector))};
-    t.grad = {.rows = t.rows, .pitch = int(round_up(columns, kVector))};
-    if (p.dtype != DType::kFloat32) {
-      constexpr int kRawVector = 8;
-      t.input.raw_rows = int(std::min<int64_t>(height, p.input.size[2]));
-      t.input.raw_pitch = int(round_up(std::min<int64_t>(width, p.input.size[3]), kRawVector));
-      t.grad.raw_rows = int(std::min<int64_t>(rows, p.output.size[2]));
-      t.grad.raw_pitch = int(round_up(std::min<int64_t>(columns, p.output.size[3]), kRawVector));
-    }
-    return planes * (int64_t(height) * t.input.pitch + int64_t(t.rows) * t.grad.pitch) *
-           int64_t(sizeof(float));
-  };
-  const int64_t tile_bytes = kTileBytes<Sums>;
-  const int64_t height = p.output.size[2], width = p.output.size[3];
-  const int64_t unit_rows = Sums::kFixed ? kStripRows : 1,
-                unit_columns = Sums::kFixed ? kVector : 1;
-  // A tile is as wide as a warp has lanes for, then as high as the threads or the memory allow.
-  const int64_t wide = ceil_divide(width, unit_columns), high = ceil_divide(height, unit_rows);
-  int64_t columns = evenly(wide, Sums::kFixed ? kWarp : kVector * kWarp), rows = 0, planes = 1;
-  for (;; columns = evenly(wide, columns - 1)) {
-    const int64_t most = Sums::kFixed ? kMaxThreads / columns : kWarp;
-    for (rows = evenly(high, most); rows > 1; rows = evenly(high, rows - 1))
-      if (lay_out(rows * unit_rows, columns * unit_columns, 1) <= tile_bytes) break;
-    if (lay_out(rows * unit_rows, columns * unit_columns, 1) <= kMaxTileBytes) break;
-    if (columns == 1) return Tiling{};
-  }
-  const int64_t tiles = ceil_divide(wide, columns) * ceil_divide(high, rows);
-  if (tiles > INT32_MAX) return Tiling{};
-  t.tiles_w = int(ceil_divide(wide, columns));
-  t.tiles = int(tiles);
-  // Several images a step where they are small.
-  const int64_t work = rows * columns, bytes = int64_t(t.tile_bytes());
-  planes = std::min(tile_bytes / bytes, Sums::kFixed ? kMaxThreads / work : 4096 / work);
-  planes = evenly(p.batch(), std::max<int64_t>(1, std::min(planes, p.batch())));
-  lay_out(rows * unit_rows, columns * unit_columns, planes);
-  t.threads = Sums::kFixed ? int(round_up(work * planes, kWarp)) : kMaxThreads;
-  return t;
-}
-
-// Bytes of one partial sum a weight and tile.
-int64_t chunk_bytes(const ConvProblem& p, const Tiling& t) {
-  return p.weight.numel() * t.tiles * int64_t(sizeof(float));
-}
-
-template <typename Sums>
-int64_t blocks_a_processor(const Tiling& t) {
-  constexpr int64_t kSharedBytes = 220 * 1024, kBlockBytes = 2048;  // reserved and static
-  const int64_t blocks = std::min<int64_t>(Sums::kBlocks * kMaxThreads / t.threads,
-                                           kSharedBytes / (t.shared_bytes() + kBlockBytes));
-  return std::clamp<int64_t>(blocks, 1, 32);
-}
-
-// Chunks of the images such that the waves of blocks take the fewest steps.
-template <typename Sums>
-int64_t wanted_chunks(const ConvProblem& p, const Device& device, const Tiling& t) {
-  // What a block's begin and end, and the reduction's launch, cost in steps.
-  constexpr double kBlockSteps = 0.7, kReductionSteps = 1.5;
-  constexpr int64_t kMostTried = 64;
-  const int64_t steps = ceil_divide(p.batch(), t.planes);
-  const int64_t products =
-      Sums::kFixed ? kStripRows * kVector : ceil_divide(t.planes * t.rows * t.columns, kWarp);
-  const int64_t slots = device.processors * blocks_a_processor<Sums>(t);
-  const int64_t least = ceil_divide(steps * products, std::max(kMaxChain, products));
-  int64_t best = least;
-  double best_steps = 0;
-  for (int64_t chunks = least; chunks <= std::min(steps, least + kMostTried); ++chunks) {
-    const int64_t waves = ceil_divide(p.out_channels() * t.tiles * chunks, slots);
-    const double cost = double(waves) * (double(ceil_divide(steps, chunks)) + kBlockSteps) +
-                        (chunks * t.tiles > 1 ? kReductionSteps : 0);
-    if (chunks == least || cost < best_steps) {
-      best = chunks;
-      best_steps = cost;
-    }
-  }
-  return best;
-}
-
-// All of the tiling; no more chunks than the workspace has room for.
-template <typename Sums>
-Tiling tiling_for(const ConvProblem& p, const Device& device, int64_t workspace_bytes) {
-  Tiling t = tile_for<Sums>(p);
-  if (t.threads == 0) return t;
-  const int64_t steps = ceil_divide(p.batch(), t.planes);
-  int64_t chunks = wanted_chunks<Sums>(p, device, t);
-  const int64_t room = workspace_bytes / chunk_bytes(p, t);
-  chunks = std::max<int64_t>(1, std::min(chunks, room));
-  t.chunk_images = int(ceil_divide(steps, chunks)) * t.planes;
-  t.chunks = int(ceil_divide(p.batch(), t.chunk_images));
-  return t;
 }
 
 template <typename Sums, typename T>
@@ -392,14 +289,16 @@ class DepthwiseWeight final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted on an H200 (20% root mean square on the layers of docs/depthwise_weight.md). To bring
-    // an element takes as long as so many FMAs at the peak: padded rows are copied by words, 16-bit
-    // elements converted. A run-time shape is bound by reads of shared memory.
-    constexpr double kElementFmas = 4, kPaddedFmas = 23, kHalfFmas = 19;
+    // an element takes as long as so many FMAs at the peak: padded rows are copied by words unless
+    // they are even, 16-bit elements converted. A run-time shape is bound by reads of shared
+    // memory.
+    constexpr double kElementFmas = 4, kPaddedFmas = 23, kEvenFmas = 12, kHalfFmas = 19;
     constexpr double kFlopsFraction = 0.7, kWarpFlopsFraction = 0.1, kStartSeconds = 8.5e-6;
     const bool fixed =
         with_sums(Window(p), [](auto tag) { return decltype(tag)::Sums::kFixed; }, AllSums{});
-    const double element = kElementFmas + (p.padding.w > 0 ? kPaddedFmas : 0) +
-                           (p.dtype == DType::kFloat32 ? 0 : kHalfFmas);
+    const bool half = p.dtype != DType::kFloat32;
+    double element = kElementFmas + (half ? kHalfFmas : 0);
+    if (p.padding.w > 0) element += Window(p).even_rows && !half ? kEvenFmas : kPaddedFmas;
     const double elements = double(p.input.numel()) + double(p.output.numel());
     const double flops =
         2 * element * elements + p.flops() / (fixed ? kFlopsFraction : kWarpFlopsFraction);

@@ -17,16 +17,18 @@ __device__ __forceinline__ float sum_of_warp(float sum) {
   return sum;
 }
 
-// A shape with compiled sizes: a strip a thread.
-template <int kH_, int kW_, int kStride_>
+// A shape with compiled sizes: a strip a thread. kShift_: a tile of the input begins so many
+// columns before the first that is needed, where vectors of memory begin, so that copies are large.
+template <int kH_, int kW_, int kStride_, int kShift_ = 0>
 struct StripSums {
   static constexpr int kH = kH_, kW = kW_, kStride = kStride_, kTaps = kH * kW;
+  static constexpr int kShift = kShift_;
   static constexpr bool kFixed = true, kStrided = kStride > 1;
   // Registers for that many blocks a multiprocessor: the sums, the gradients of kH / kStride rows
   // and an input row.
   static constexpr int kBlocks = kTaps > 25 ? 4 : kTaps > 9 ? 5 : 6;
   static constexpr int kInputRows = (kStripRows - 1) * kStride + kH;
-  static constexpr int kVectors = ((kVector - 1) * kStride + kW + kVector - 1) / kVector;
+  static constexpr int kVectors = (kShift + (kVector - 1) * kStride + kW + kVector - 1) / kVector;
 
   float sums[kTaps] = {};
   // The thread's image of a step and its strip's place in the tile, in floats. Strips lie side by
@@ -74,10 +76,10 @@ struct StripSums {
 #pragma unroll
         for (int kw = 0; kw < kW; ++kw) {
           float& sum = sums[kh * kW + kw];
-          sum += g.x * values[kw];
-          sum += g.y * values[kStride + kw];
-          sum += g.z * values[2 * kStride + kw];
-          sum += g.w * values[3 * kStride + kw];
+          sum += g.x * values[kShift + kw];
+          sum += g.y * values[kShift + kStride + kw];
+          sum += g.z * values[kShift + 2 * kStride + kw];
+          sum += g.w * values[kShift + 3 * kStride + kw];
         }
       }
     }
@@ -135,6 +137,7 @@ struct StripSums {
 template <int kWarpTaps>
 struct WarpSums {
   static constexpr bool kFixed = false, kStrided = false;
+  static constexpr int kShift = 0;
   static constexpr int kTaps = kWarpTaps * kMaxWarps, kBlocks = 5;
 
   float sums[kWarpTaps] = {};

@@ -36,6 +36,7 @@ struct Planes {
 };
 struct Window {
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_h, pad_w;
+  bool even_rows;  // the input's rows have an even length and begin at even elements
 
   explicit Window(const ConvProblem& p)
       : kernel_h(int(p.weight.size[2])),
@@ -45,7 +46,9 @@ struct Window {
         dilation_h(kernel_h > 1 ? int(p.dilation.h) : 1),
         dilation_w(kernel_w > 1 ? int(p.dilation.w) : 1),
         pad_h(int(p.padding.h)),
-        pad_w(int(p.padding.w)) {}
+        pad_w(int(p.padding.w)),
+        even_rows(((p.input.size[3] | p.input.stride[0] | p.input.stride[1] | p.input.stride[2]) &
+                   1) == 0) {}
   // Input rows and columns under so many outputs.
   __host__ __device__ int rows(int outputs) const {
     return (outputs - 1) * stride_h + (kernel_h - 1) * dilation_h + 1;
@@ -70,6 +73,8 @@ struct Layout {
 struct Tiling {
   int rows, columns;  // of grad_output in a tile
   int planes;         // images of a step
+  int shift;          // columns of the input's tile before the first that is needed
+  int stages;         // 2: the next step's tile is copied during the sums
   Layout input, grad;
   int threads;
   int tiles_w, tiles;  // of a plane
@@ -82,7 +87,7 @@ struct Tiling {
     return planes * (input.raw_bytes() + grad.raw_bytes());
   }
   int64_t parts() const { return int64_t(tiles) * chunks; }  // partial sums of a weight
-  int shared_bytes() const { return tile_bytes() + raw_bytes(); }
+  int shared_bytes() const { return stages * tile_bytes() + raw_bytes(); }
 };
 
 // What the kernels are told.
@@ -108,7 +113,7 @@ struct Tile {
     rows = min(t.rows, p.grad.height - oh);
     columns = min(t.columns, p.grad.width - ow);
     ih = oh * p.window.stride_h - p.window.pad_h;
-    iw = ow * p.window.stride_w - p.window.pad_w;
+    iw = ow * p.window.stride_w - p.window.pad_w - t.shift;
     image = chunk * t.chunk_images;
     images_end = min(image + t.chunk_images, p.batch);
   }
