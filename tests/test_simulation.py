@@ -32,8 +32,9 @@ FLAGS += [f"-I{SIMULATION / 'toolkit'}", f"-I{SIMULATION}", f"-I{CSRC}"]  # the 
 GEMM = ["implicit_gemm_sm90", "implicit_gemm_weights_sm90", "implicit_gemm_exact_sm90"]
 # The planner is part of plans.cpp.
 GEMM_HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_cost", "_cells")]
-OTHERS = ["depthwise", "depthwise_strips", "depthwise_weight", "depthwise_large", "grouped"]
-OTHERS += ["depthwise_channels_last", "depthwise_channels_last_weight", "grouped_weight"]
+OTHERS = ["depthwise", "depthwise_strips", "depthwise_planes", "depthwise_weight"]
+OTHERS += ["depthwise_large", "depthwise_channels_last", "depthwise_channels_last_weight"]
+OTHERS += ["grouped", "grouped_weight"]
 
 # The programs' own files; all others of tests/simulation/ are of both.
 GEMM_OWN = ["main", "check", "convolution", "plans", "copy_engine", "tensor_cores"]
@@ -171,7 +172,8 @@ def test_no_kind_of_plan_is_left_out(
 
 
 CASES = {
-    **{"depthwise": 1000, "depthwise_strips": 1000, "depthwise_weight": 1200},
+    **{"depthwise": 1000, "depthwise_strips": 1000, "depthwise_planes": 600},
+    **{"depthwise_weight": 1200},
     **{"depthwise_large": 800, "depthwise_channels_last": 600},
     **{"grouped": 600, "grouped_weight": 500},
 }
@@ -185,10 +187,12 @@ LEAST_SHARES = {
 HALVES = {"float16": 150, "bfloat16": 150, "float32": 150}
 PIXELS = {"forward": 150, "backward_input": 150, "bias": 80}
 PARTS = {"backward_weight": 150, "no_images": 10, "least_workspace": 15, "full_workspace": 15}
+SMALL = {"gaps": 0, "padding_beyond": 0, "wide": 0}  # of depthwise_planes, which refuses such
 LEAST_CASES = {
     "depthwise": {**HALVES, **PIXELS, "multiplied": 100, "dilated": 150, "kernels": 52},
     "depthwise_strips": {**HALVES, **PIXELS, "float64": 100, "kernels": 74},
-    "depthwise_weight": {**HALVES, **PARTS, "multiplied": 120, "dilated": 200, "kernels": 42},
+    "depthwise_planes": {**PIXELS, **SMALL, "kernels": 6},
+    "depthwise_weight": {**HALVES, **PARTS, "multiplied": 120, "dilated": 200, "kernels": 58},
     "depthwise_large": {**HALVES, **PIXELS, **PARTS, "kernels": 22},
     "depthwise_channels_last": {**HALVES, **PIXELS, **PARTS, "kernels": 47},
     "grouped": {**PIXELS, "kernels": 20},

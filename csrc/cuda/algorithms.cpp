@@ -7,6 +7,7 @@ AlgorithmList make_cuda_algorithms() {
   list.push_back(cuda::make_implicit_gemm());
   list.push_back(cuda::make_im2col_gemm());
   list.push_back(cuda::make_depthwise());
+  list.push_back(cuda::make_depthwise_planes());
   list.push_back(cuda::make_depthwise_strips());
   list.push_back(cuda::make_depthwise_channels_last());
   list.push_back(cuda::make_depthwise_large());

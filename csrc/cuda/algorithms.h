@@ -9,6 +9,7 @@ std::unique_ptr<Algorithm> make_implicit_gemm();
 std::unique_ptr<Algorithm> make_im2col_gemm();
 std::unique_ptr<Algorithm> make_depthwise();
 std::unique_ptr<Algorithm> make_depthwise_strips();
+std::unique_ptr<Algorithm> make_depthwise_planes();
 std::unique_ptr<Algorithm> make_depthwise_channels_last();
 std::unique_ptr<Algorithm> make_depthwise_large();
 std::unique_ptr<Algorithm> make_depthwise_weight();

@@ -293,13 +293,14 @@ class DepthwiseStrips final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     // Shares of the two peaks that streaming and the loads from L1 allow on an H200. float64 runs
-    // at half rate; 16-bit elements are loads and conversions too many, at a stride most of all;
-    // lanes along channels share no loads.
-    constexpr double kBandwidthFraction = 0.7, kFlopsFraction = 0.14;
+    // at half rate, and so does a stride, whose lanes read far apart; 16-bit elements are loads and
+    // conversions too many, at a stride most of all; lanes along channels share no loads.
+    constexpr double kBandwidthFraction = 0.65, kFlopsFraction = 0.14;
     constexpr double kAcrossBandwidthFraction = 0.55, kAcrossSlower = 2.1;
     constexpr double kLaunchSeconds = 5e-6, kHalfLaunchSeconds = 8e-6;
     const bool half = element_size(p.dtype) == 2, across = channels_dense(p.input);
-    double slower = p.dtype == DType::kFloat32 ? 1 : half && p.stride.w > 1 ? 5 : 2;
+    double slower = half && p.stride.w > 1 ? 5 : 2;
+    if (p.dtype == DType::kFloat32 && p.stride.w == 1) slower = 1;
     if (across) slower *= kAcrossSlower;
     const double rate = device.fp32_flops * kFlopsFraction / slower;
     const double share = across ? kAcrossBandwidthFraction : kBandwidthFraction;

@@ -28,6 +28,7 @@ using Make = std::unique_ptr<Algorithm> (*)();
 const std::map<std::string, Make> kAlgorithms{
     {"depthwise", cuda::make_depthwise},
     {"depthwise_strips", cuda::make_depthwise_strips},
+    {"depthwise_planes", cuda::make_depthwise_planes},
     {"depthwise_weight", cuda::make_depthwise_weight},
     {"depthwise_large", cuda::make_depthwise_large},
     {"depthwise_channels_last", cuda::make_depthwise_channels_last},

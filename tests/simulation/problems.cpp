@@ -32,7 +32,7 @@ Window random_window(Random& random, const std::string& algorithm) {
     const auto side = [&] { return random.between(1, one_of<int>(random, {7, 15, 33, 57})); };
     return {side(), side(), 1, 1};
   }
-  if (algorithm == "depthwise_channels_last")
+  if (algorithm == "depthwise_channels_last" || algorithm == "depthwise_planes")
     return square(one_of<int>(random, {3, 5, 7}), random.between(1, 2));
   if (algorithm.starts_with("grouped"))
     return one_of<Window>(random, {square(3, 1), square(3, 2), square(1, 1)});
@@ -135,9 +135,11 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
   p.direction = Direction(random.between(0, 2));
   p.dtype = one_of<DType>(random, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
   if (algorithm.ends_with("weight")) p.direction = Direction::kBackwardWeight;
-  if (algorithm.starts_with("grouped")) p.dtype = DType::kFloat32;
+  if (algorithm.starts_with("grouped") || algorithm == "depthwise_planes")
+    p.dtype = DType::kFloat32;
   if (algorithm == "depthwise_strips" && random.one_in(4)) p.dtype = DType::kFloat64;
-  if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips")
+  if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips" ||
+      algorithm == "depthwise_planes")
     p.direction = Direction(random.between(0, 1));
   if (p.dtype == DType::kFloat32 && random.one_in(2)) p.precision = Precision::kTf32;
   p.has_bias = p.direction == Direction::kForward && random.one_in(2);
