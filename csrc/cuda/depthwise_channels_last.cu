@@ -1,130 +1,24 @@
 // Depthwise convolution with channel multiplier 1 of tensors whose channels are dense
-// (channels_last): forward and backward-input; backward-weight is in
-// depthwise_channels_last_weight.cu. float32 is IEEE whatever the precision asked for.
+// (channels_last): forward and backward-input with a stride; those of stride 1 are in
+// depthwise_channels_last_warps.cu, backward-weight is in depthwise_channels_last_weight.cu.
+// float32 is IEEE whatever the precision asked for.
 //
 // Lanes lie along channels, a block's warps side by side along W. The block walks down its tile: it
 // copies each row of the source once, through a ring in shared memory that hides the latency, and
 // a thread adds what it reads of a row to all the sums that the row belongs to: kOpen rows of
 // kColumns positions, in registers, as the weights are. The rows of sums move up with the walk;
 // that costs nothing, since a fused multiply-add may write another register than it adds to.
-//
-//                    7×7     5×5     3×3, stride 1
-//   sums             28      20      12              registers, times the channels of a thread
-//   weights          49      25      9
-//   FMA a read       19.6    12.5    6               a multiprocessor does 4 in the time of a read
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
-#include "cuda/depthwise_channels_last.cuh"
+#include "cuda/depthwise_channels_last_pixels.cuh"
+#include "cuda/depthwise_channels_last_warps.h"
 #include "cuda/depthwise_channels_last_weight.h"
 
 namespace convops::cuda {
 namespace depthwise_channels_last {
 namespace {
 
-// Coordinates are int: a side times the stride plus padding and a kernel must fit.
-constexpr int64_t kMaxSide = int64_t{1} << 29;
 constexpr int64_t kMaxTiles = int64_t{1} << 29;
-
-// What forward and backward-input tell the kernel.
-struct Pixels {
-  Tiling tiling;
-  Source source;
-  Image result;
-  int channels;
-  int source_row, source_column;  // that position 0 reads first
-  int result_row, result_column;  // of position 0: 0, or -1 where the padding is odd
-  // Of the turned weight, which for forward has negative strides.
-  int64_t weight_first, weight_channel, weight_row, weight_column;
-  int64_t bias_stride;
-  bool skips_outside;  // positions outside of the source do not count, be the weight infinite
-
-  Pixels(const ConvProblem& p, const Operands& operands, const Tiling& tiling_)
-      : tiling(tiling_),
-        source(from(p), backward(p) ? operands.output : operands.input, p.dtype),
-        result(p.result()),
-        channels(int(p.in_channels())),
-        weight_channel(p.weight.stride[0]),
-        bias_stride(p.bias_stride),
-        skips_outside(backward(p)) {
-    const int64_t kh = p.weight.size[2], kw = p.weight.size[3];
-    if (backward(p)) {
-      source_row = int(p.padding.h / p.stride.h - (kh - 1) / p.stride.h);
-      source_column = int(p.padding.w / p.stride.w - (kw - 1) / p.stride.w);
-      result_row = -int(p.padding.h % p.stride.h);
-      result_column = -int(p.padding.w % p.stride.w);
-      weight_first = 0;
-      weight_row = p.weight.stride[2];
-      weight_column = p.weight.stride[3];
-    } else {
-      source_row = -int(p.padding.h);
-      source_column = -int(p.padding.w);
-      result_row = result_column = 0;
-      weight_first = (kh - 1) * p.weight.stride[2] + (kw - 1) * p.weight.stride[3];
-      weight_row = -p.weight.stride[2];
-      weight_column = -p.weight.stride[3];
-    }
-  }
-  static bool backward(const ConvProblem& p) { return p.direction == Direction::kBackwardInput; }
-  static const Tensor4& from(const ConvProblem& p) { return backward(p) ? p.output : p.input; }
-};
-
-// Stores one thread's results of a row of positions, which begin at `place`; `first` and `end`
-// bound the columns that exist. `together`: all channels of a thread at once.
-template <typename W, int kVector, typename T>
-__device__ __forceinline__ void store_row(T* place, int64_t column_stride, int first, int end,
-                                          int channels, bool together,
-                                          const float (&sums)[W::kColumns][kVector]) {
-#pragma unroll
-  for (int j = 0; j < W::kColumns; ++j, place += column_stride) {
-    if (j < first || j >= end) continue;
-    struct alignas(kVector * sizeof(T)) Vector {
-      T elements[kVector];
-    } vector;
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) vector.elements[v] = convert<T>(sums[j][v]);
-    if (together) {
-      *reinterpret_cast<Vector*>(place) = vector;
-    } else {
-#pragma unroll
-      for (int v = 0; v < kVector; ++v)
-        if (v < channels) place[v] = vector.elements[v];
-    }
-  }
-}
-
-// A thread's results once more, by the definition: for weights that are not finite, which the walk
-// multiplies by the zeros around the source. (With definition.cuh's 64-bit coordinates ptxas spills
-// here.)
-template <typename W, int kChannels, typename T>
-__device__ __forceinline__ void store_by_definition(const Pixels& p, const Tile& tile, int column,
-                                                    int channel,
-                                                    const float (*weights)[kChannels + 1],
-                                                    const T* source, T* result) {
-  if (tile.channel + channel >= p.channels) return;
-  const T* const from = source + tile.image * p.source.image.image_stride + tile.channel + channel;
-  T* const to = result + tile.image * p.result.image_stride + tile.channel + channel;
-  for (int row = tile.row; row < tile.row + p.tiling.rows; ++row)
-    for (int j = column; j < column + W::kColumns; ++j) {
-      float sum = 0;
-      for (int tap = 0; tap < W::kTaps; ++tap) {
-        // Never negative: positions and what is left of the window are not.
-        const int h = row * W::kDown + W::kH - 1 - tap / W::kW;
-        const int w = j * W::kDown + W::kW - 1 - tap % W::kW;
-        const int source_row = h / W::kUp + p.source_row,
-                  source_column = w / W::kUp + p.source_column;
-        if (h % W::kUp == 0 && w % W::kUp == 0 &&
-            unsigned(source_row) < unsigned(p.source.image.height) &&
-            unsigned(source_column) < unsigned(p.source.image.width))
-          sum += weights[tap][channel] *
-                 convert<float>(from[source_row * p.source.image.row_stride +
-                                     int64_t(source_column) * p.source.image.column_stride]);
-      }
-      if (unsigned(row + p.result_row) < unsigned(p.result.height) &&
-          unsigned(j + p.result_column) < unsigned(p.result.width))
-        to[(row + p.result_row) * p.result.row_stride +
-           int64_t(j + p.result_column) * p.result.column_stride] = convert<T>(sum);
-    }
-}
 
 // Grid: x tiles, those of different channels next to each other.
 template <typename W, typename T>
@@ -137,8 +31,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, (kBlocks<W, T>))
   __shared__ float weights[W::kTaps][kC + 1];  // + 1: written along taps, read along channels
   T* const ring = reinterpret_cast<T*>(shared);
 
-  const Tile tile = p.tiling.tile<W, T>(blockIdx.x % unsigned(p.tiling.channel_tiles),
-                                        blockIdx.x / unsigned(p.tiling.channel_tiles));
+  const Tile tile = p.tiling.tile<kC, W::kColumns>(blockIdx.x % unsigned(p.tiling.channel_tiles),
+                                                   blockIdx.x / unsigned(p.tiling.channel_tiles));
   const int warp = threadIdx.x / kWarp, channel = threadIdx.x % kWarp * kV;
   const int rows = min(p.tiling.rows, p.result.height - p.result_row - tile.row);
   const int steps = (rows + W::kUp - 1) / W::kUp + W::kLag, stages = (steps + kS - 1) / kS;
@@ -237,10 +131,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, (kBlocks<W, T>))
   }
   if (!p.skips_outside) return;
   for (int v = 0; v < kV; ++v) {
+    const auto weight_of = [&](int tap) { return weights[tap][channel + v]; };
     bool finite = true;
-    for (int tap = 0; tap < W::kTaps; ++tap) finite &= isfinite(weights[tap][channel + v]);
-    if (!finite)
-      store_by_definition<W, kC>(p, tile, thread_column, channel + v, weights, source, result);
+    for (int tap = 0; tap < W::kTaps; ++tap) finite &= isfinite(weight_of(tap));
+    if (!finite && tile.channel + channel + v < p.channels)
+      store_by_definition<W, false>(p, tile, thread_column, tile.channel + channel + v, weight_of,
+                                    0.0f, source, result);
   }
 }
 
@@ -254,8 +150,8 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
   // Where the padding is odd, position 0 lies before the result's first row.
   const int64_t height = to.size[2] + (backward ? p.padding.h % W::kUp : 0);
   const int64_t width = to.size[3] + (backward ? p.padding.w % W::kUp : 0);
-  const Tiling tiling =
-      make_tiling<W, T>(p, height, width, kMaxSide, *execution.device, shared_bytes);
+  const Tiling tiling = make_tiling<W>(p, height, width, kMaxSide, *execution.device,
+                                       block_shape<W, T>(shared_bytes));
   const int64_t blocks = tiling.count * tiling.channel_tiles;
   if (blocks == 0) return;
   pixels_kernel<W, T>
@@ -269,18 +165,19 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
 }
 
 void run_pixels(const ConvProblem& p, const Operands& operands, const Execution& execution) {
+  if (p.stride.h == 1) return run_pixels_by_warps(p, operands, execution);
   with_type(p.dtype, [&](auto tag) {
     const auto f = [&](auto window) {
       launch<decltype(window), decltype(tag)>(p, operands, execution);
     };
-    with_window(p, f, Squares{}) || with_window(p, f, Strided{}) || with_window(p, f, Inserted{});
+    with_window(p, f, Strided{}) || with_window(p, f, Inserted{});
   });
 }
 
 bool is_compiled(const ConvProblem& p) {
   const auto nothing = [](auto) {};
-  return with_window(p, nothing, Squares{}) || with_window(p, nothing, Strided{}) ||
-         with_window(p, nothing, Inserted{});
+  return with_window(p, nothing, Small{}) || with_window(p, nothing, Large{}) ||
+         with_window(p, nothing, Strided{}) || with_window(p, nothing, Inserted{});
 }
 
 class DepthwiseChannelsLast final : public Algorithm {
@@ -313,17 +210,23 @@ class DepthwiseChannelsLast final : public Algorithm {
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted on an H200: shares of the peaks, and what a call takes whose tensors are small, which
     // grows with the kernel: weights are loaded, code is, and the first rows store nothing.
-    constexpr double kBandwidthFraction = 0.65, kFlopsFraction = 0.45, kWeightFlopsFraction = 0.36;
-    constexpr double kSeconds = 5e-6, kSecondsPerTap = 0.2e-6, kSecondLaunch = 3e-6;
-    const bool weight = p.direction == Direction::kBackwardWeight;
-    // Lanes past the last channel, and steps before the first result, work for nothing.
+    struct Fit {
+      double bandwidth, flops, seconds_per_tap;
+    };
+    constexpr Fit kWarpPixels{0.72, 0.5, 0.05e-6}, kBlockPixels{0.65, 0.45, 0.2e-6},
+        kWeights{0.65, 0.36, 0.2e-6};
+    constexpr double kSeconds = 5e-6, kSecondLaunch = 3e-6;
+    const bool weight = p.direction == Direction::kBackwardWeight, by_warps = p.stride.h == 1;
+    const Fit& fit = weight ? kWeights : by_warps ? kWarpPixels : kBlockPixels;
+    // Lanes past the last channel work for nothing, and steps before the first result.
     const double lanes = double(round_up(p.in_channels(), kWarp)) / double(p.in_channels());
-    const double steps = 1 + double((p.kernel().h - 1) / p.stride.h) /
-                                 double(std::max<int64_t>(1, p.output.size[2]));
-    const double rate = device.fp32_flops * (weight ? kWeightFlopsFraction : kFlopsFraction);
-    return std::max(p.bytes() / (device.bandwidth * kBandwidthFraction),
-                    p.flops() * lanes * steps / rate) +
-           kSeconds + kSecondsPerTap * double(p.taps()) + (weight ? kSecondLaunch : 0);
+    const double steps = by_warps && !weight
+                             ? 1
+                             : 1 + double((p.kernel().h - 1) / p.stride.h) /
+                                       double(std::max<int64_t>(1, p.output.size[2]));
+    return std::max(p.bytes() / (device.bandwidth * fit.bandwidth),
+                    p.flops() * lanes * steps / (device.fp32_flops * fit.flops)) +
+           kSeconds + fit.seconds_per_tap * double(p.taps()) + (weight ? kSecondLaunch : 0);
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {

@@ -1,5 +1,6 @@
 // What the kernels of depthwise_channels_last stand on: the window of a convolution as constants,
-// how a problem is cut into tiles, and the ring of rows in shared memory that blocks read from.
+// how a problem is cut into tiles, and the ring of rows in shared memory that blocks read from
+// (that of a warp: depthwise_channels_last_warps.cuh).
 //
 // Positions are rows or columns of the result, counted so that tap k of position q reads source
 // row (q · kDown + kSize - 1 - k) / kUp + first where kUp divides: the weight is turned, as in the
@@ -22,10 +23,12 @@
 namespace convops::cuda::depthwise_channels_last {
 
 constexpr int kWarp = 32;
+// Coordinates are int: a side times the stride plus padding and a kernel must fit.
+constexpr int64_t kMaxSide = int64_t{1} << 29;
 // What a kernel may use without asking: 48 KiB a block.
 constexpr int kSharedBytes = 48 * 1024;
 
-template <int kH_, int kW_, int kUp_, int kDown_>
+template <int kH_, int kW_, int kUp_, int kDown_, int kColumns_ = 4>
 struct Window {
   static constexpr int kH = kH_, kW = kW_, kUp = kUp_, kDown = kDown_;
   static constexpr int kTaps = kH * kW;
@@ -38,8 +41,7 @@ struct Window {
   static constexpr int kLag = (kH - 1) / (kUp * kDown);
   static constexpr int kOpen = 1 + (kH - 1) / kDown;
   // Columns of positions that a thread owns, and of the source that it reads for them.
-  static constexpr int kColumns =
-      kTaps == 49 && kUp == 1 && kDown == 1 ? 7 : 4;  // as registers last
+  static constexpr int kColumns = kColumns_;
   static constexpr int kReads = ((kColumns - 1) * kDown + kW - 1) / kUp + 1;
   static_assert(kColumns % kUp == 0);
 
@@ -120,11 +122,11 @@ struct Tiling {
   int channel_tiles, column_tiles, strips;
   unsigned count;  // of all tiles of one channel tile
 
-  template <typename W, typename T>
+  // kChannels: of a block; kColumns: of a warp.
+  template <int kChannels, int kColumns>
   __device__ Tile tile(unsigned channel_tile, unsigned index) const {
     const unsigned line = index / unsigned(column_tiles), image = line / unsigned(strips);
-    return {int(channel_tile) * kChannels<W, T>,
-            int(index - line * column_tiles) * warps * W::kColumns,
+    return {int(channel_tile) * kChannels, int(index - line * column_tiles) * warps * kColumns,
             int(line - image * strips) * rows, int(image)};
   }
 };
@@ -137,20 +139,25 @@ constexpr int ring_bytes(int warps, bool reads_positions) {
   return kStages * kSteps<W> * pixels * kChannels<W, T> * int(sizeof(T));
 }
 
-// `height` and `width` count positions; `shared_bytes(warps)` must not exceed kSharedBytes.
-template <typename W, typename T, typename F>
-Tiling make_tiling(const ConvProblem& p, int64_t height, int64_t width, int64_t most_rows,
-                   const Device& device, F&& shared_bytes) {
-  int most_warps = kMaxWarps;
-  while (most_warps > 1 && shared_bytes(most_warps) > kSharedBytes) --most_warps;
-  const int64_t groups = ceil_divide(width, W::kColumns);
-  const int64_t column_tiles = ceil_divide(groups, most_warps);
-  const int64_t warps = ceil_divide(groups, column_tiles);
-  const int64_t channel_tiles = ceil_divide(p.in_channels(), kChannels<W, T>);
+// What a kernel's tiles are made of.
+struct Shape {
+  int channels, columns;  // of a block; of a warp
+  int most_warps;         // of a block
+  int busy_warps;         // a multiprocessor with fewer takes as long for a step
+  bool skips_outside;     // rows above and below the source cost no steps
+};
 
-  // Strips trade steps of warming up, and filling the ring, for even loads. A multiprocessor with
-  // fewer warps than kBusy takes as long for a step as one with so many.
-  constexpr int64_t kFill = 3, kBusy = 14;
+// `height` and `width` count positions.
+template <typename W>
+Tiling make_tiling(const ConvProblem& p, int64_t height, int64_t width, int64_t most_rows,
+                   const Device& device, const Shape& shape) {
+  const int64_t groups = ceil_divide(width, shape.columns);
+  const int64_t column_tiles = ceil_divide(groups, shape.most_warps);
+  const int64_t warps = ceil_divide(groups, column_tiles);
+  const int64_t channel_tiles = ceil_divide(p.in_channels(), shape.channels);
+
+  // Strips trade steps of warming up, and filling the ring, for even loads.
+  constexpr int64_t kFill = 3;
   constexpr int64_t kTried = 32;  // numbers of strips: a microsecond
   int64_t best_rows = 1, best_cost = INT64_MAX;
   const int64_t fewest = ceil_divide(height, most_rows);
@@ -158,7 +165,8 @@ Tiling make_tiling(const ConvProblem& p, int64_t height, int64_t width, int64_t 
     const int64_t rows = round_up(ceil_divide(height, strips), W::kUp);
     const int64_t blocks = p.batch() * channel_tiles * column_tiles * ceil_divide(height, rows);
     const int64_t load = ceil_divide(blocks, device.processors) * warps;
-    const int64_t cost = std::max(load, kBusy) * (rows / W::kUp + W::kLag + kFill);
+    const int64_t lag = shape.skips_outside && strips == 1 ? 0 : W::kLag;
+    const int64_t cost = std::max<int64_t>(load, shape.busy_warps) * (rows / W::kUp + lag + kFill);
     if (cost < best_cost) {
       best_cost = cost;
       best_rows = rows;
@@ -169,11 +177,21 @@ Tiling make_tiling(const ConvProblem& p, int64_t height, int64_t width, int64_t 
           int(column_tiles), int(strips),    unsigned(p.batch() * strips * column_tiles)};
 }
 
-// The windows that are compiled: of forward and backward-weight, and of backward-input with a
-// stride.
+// The shape of kernels whose blocks have a ring; `shared_bytes(warps)` must not exceed
+// kSharedBytes.
+template <typename W, typename T, typename F>
+Shape block_shape(F&& shared_bytes) {
+  int most_warps = kMaxWarps;
+  while (most_warps > 1 && shared_bytes(most_warps) > kSharedBytes) --most_warps;
+  return {kChannels<W, T>, W::kColumns, most_warps, 14, false};
+}
+
+// The windows that are compiled. Stride 1, where warps have rings: as many columns as the registers
+// last for; then those of forward and backward-weight, and of backward-input with a stride.
 template <typename... Windows>
 struct WindowList {};
-using Squares = WindowList<Window<3, 3, 1, 1>, Window<5, 5, 1, 1>, Window<7, 7, 1, 1>>;
+using Small = WindowList<Window<3, 3, 1, 1>>;
+using Large = WindowList<Window<5, 5, 1, 1, 8>, Window<7, 7, 1, 1, 7>>;
 using Strided = WindowList<Window<3, 3, 1, 2>, Window<5, 5, 1, 2>, Window<7, 7, 1, 2>>;
 using Inserted = WindowList<Window<3, 3, 2, 1>, Window<5, 5, 2, 1>, Window<7, 7, 2, 1>>;
 

@@ -8,7 +8,7 @@
 // longer than a tile; a second kernel adds the chunks. Every order depends on the problem, the
 // device and the workspace only.
 #include "cuda/check.h"
-#include "cuda/depthwise_channels_last.cuh"
+#include "cuda/depthwise_channels_last_warps.cuh"
 #include "cuda/depthwise_channels_last_weight.h"
 
 namespace convops::cuda::depthwise_channels_last {
@@ -16,6 +16,15 @@ namespace {
 
 // Products of a chain: this times kColumns.
 constexpr int64_t kMostRows = 64;
+
+// Warps that have a ring each: where they have enough to do by themselves.
+template <typename W>
+constexpr bool kByWarps = W::kTaps > 9 && W::kDown == 1;
+template <typename W>
+constexpr int kMostWarps = kByWarps<W> ? kTeam : kMaxWarps;
+// Elements of a stage of such a ring: a row of the input, and one of grad_output.
+template <typename W, typename T>
+constexpr int kWarpStage = (W::span(W::kColumns) + W::kColumns) * kChannels<W, T>;
 
 struct Taps {
   Tiling tiling;
@@ -44,12 +53,13 @@ __device__ float sum_by_definition(const Taps& p, const Tile& tile, int kh, int 
       const int source = w * W::kDown + W::kW - 1 - kw - p.pad_w;
       const bool inside = unsigned(row) < unsigned(p.input.image.height) &&
                           unsigned(source) < unsigned(p.input.image.width);
-      const float factor =
-          inside ? convert<float>(from[row * p.input.image.row_stride +
-                                       int64_t(source) * p.input.image.column_stride])
-                 : 0.0f;
-      sum += factor * convert<float>(gradient[h * p.grad.image.row_stride +
-                                              int64_t(w) * p.grad.image.column_stride]);
+      const float factor = inside
+                               ? convert<float>(from[row * p.input.image.row_stride +
+                                                     int64_t(source) * p.input.image.column_stride])
+                               : 0.0f;
+      sum += factor *
+             convert<float>(
+                 gradient[h * p.grad.image.row_stride + int64_t(w) * p.grad.image.column_stride]);
     }
   return sum;
 }
@@ -80,90 +90,169 @@ __device__ __forceinline__ void add_warps(float* shared, Sums<W, T>& sums) {
   __syncthreads();
 }
 
+// Walks down a tile, the block together; sums start as zeros.
+template <typename W, typename T>
+__device__ __forceinline__ void walk_block(const Taps& p, const Tile& tile, const T* input,
+                                           const T* grad, T* ring, Sums<W, T>& sums) {
+  constexpr int kV = kVector<W, T>, kC = kChannels<W, T>, kS = kSteps<W>;
+  const int warp = threadIdx.x / kWarp, lane_channel = threadIdx.x % kWarp * kV;
+  const int positions = p.tiling.warps * W::kColumns, columns = W::span(positions);
+  const int stage_size = kS * (W::kDown * columns + positions) * kC;
+  const int rows = min(p.tiling.rows, p.grad.image.height - tile.row);
+  const int stages = (rows + W::kLag + kS - 1) / kS;
+  Copier<T, kC> input_copier(p.input,
+                             input + tile.image * p.input.image.image_stride + tile.channel,
+                             tile.row * W::kDown - p.pad_h, p.input.image.height,
+                             tile.column * W::kDown - p.pad_w, columns, p.channels - tile.channel);
+  Copier<T, kC> grad_copier(p.grad, grad + tile.image * p.grad.image.image_stride + tile.channel,
+                            tile.row, tile.row + rows, tile.column, positions,
+                            p.channels - tile.channel);
+  // A stage: rows of the input, then of grad_output.
+  RingPlace<T> write(ring, stage_size, 0);
+  const auto copy_stage = [&](int stage) {
+    if (stage < stages) {
+      input_copier.template copy_rows<kS * W::kDown>(write.place, columns * kC);
+      grad_copier.template copy_rows<kS>(write.place + kS * W::kDown * columns * kC,
+                                         positions * kC);
+      write.next();
+    }
+    __pipeline_commit();  // an empty one too, so that the groups can be counted
+  };
+
+  float gradients[W::kOpen][W::kColumns][kV];
+#pragma unroll
+  for (int open = 0; open < W::kOpen; ++open)
+#pragma unroll
+    for (int j = 0; j < W::kColumns; ++j)
+#pragma unroll
+      for (int v = 0; v < kV; ++v) gradients[open][j][v] = 0;
+
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) copy_stage(stage);
+  RingPlace<const T> read(ring, stage_size, warp * W::kColumns * W::kDown * kC + lane_channel);
+  RingPlace<const T> read_grad(ring, stage_size,
+                               (kS * W::kDown * columns + warp * W::kColumns) * kC + lane_channel);
+  for (int stage = 0; stage < stages; ++stage, read.next(), read_grad.next()) {
+    __pipeline_wait_prior(kStages - 2);
+    __syncthreads();  // the stage is there, and the one before it is read
+    copy_stage(stage + kStages - 1);
+    const T *from = read.place, *grad_from = read_grad.place;
+#pragma unroll
+    for (int step = 0; step < kS; ++step, grad_from += positions * kC) {
+#pragma unroll
+      for (int open = 0; open + 1 < W::kOpen; ++open)
+#pragma unroll
+        for (int j = 0; j < W::kColumns; ++j)
+#pragma unroll
+          for (int v = 0; v < kV; ++v) gradients[open][j][v] = gradients[open + 1][j][v];
+#pragma unroll
+      for (int j = 0; j < W::kColumns; ++j)
+        load_channels(grad_from + j * kC, gradients[W::kOpen - 1][j]);
+#pragma unroll
+      for (int row = 0; row < W::kDown; ++row, from += columns * kC) {
+        float values[W::kReads][kV];
+#pragma unroll
+        for (int i = 0; i < W::kReads; ++i) load_channels(from + i * kC, values[i]);
+        for_products<W>(row, [&](int open, int kh, int j, int kw, int read) {
+#pragma unroll
+          for (int v = 0; v < kV; ++v) sums[kh][kw][v] += gradients[open][j][v] * values[read][v];
+        });
+      }
+    }
+  }
+}
+
+// The same, each warp by itself, at stride 1.
+template <typename W, typename T>
+__device__ __forceinline__ void walk_warp(const Taps& p, const Tile& tile, const T* input,
+                                          const T* grad, T* rings, Sums<W, T>& sums) {
+  constexpr int kC = kChannels<W, T>, kSourceColumns = W::span(W::kColumns);
+  constexpr int kGradients = kSourceColumns * kC;  // where a stage's row of grad_output begins
+  constexpr int kStage = kWarpStage<W, T>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp_column = tile.column + warp * W::kColumns;
+  const int rows = min(p.tiling.rows, p.grad.image.height - tile.row);
+  const int steps = warp_column < p.grad.image.width ? rows + W::kLag : 0;
+  int row = tile.row - p.pad_h;
+  WarpCopier<T, kC, kSourceColumns> input_copier(
+      p.input, input + tile.image * p.input.image.image_stride + tile.channel, row,
+      p.input.image.height, warp_column - p.pad_w, p.channels - tile.channel);
+  WarpCopier<T, kC, W::kColumns> grad_copier(
+      p.grad, grad + tile.image * p.grad.image.image_stride + tile.channel, tile.row,
+      tile.row + rows, warp_column, p.channels - tile.channel);
+  T* const ring = rings + warp * kStages * kStage;
+  WarpPlace<T, kStage, kStages> write(ring, 0);
+  const auto copy_step = [&](int step) {
+    if (step < steps) {
+      input_copier.copy_row(write.place);
+      grad_copier.copy_row(write.place + kGradients);
+      write.next();
+    }
+    ptx::copy_commit();  // an empty one too, so that the groups can be counted
+  };
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) copy_step(stage);
+
+  float gradients[W::kOpen][W::kColumns][1];
+#pragma unroll
+  for (int open = 0; open < W::kOpen; ++open)
+#pragma unroll
+    for (int j = 0; j < W::kColumns; ++j) gradients[open][j][0] = 0;
+  WarpPlace<const T, kStage, kStages> read(ring, lane);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, ++row, read.next()) {
+    ptx::copy_wait<kStages - 2>();
+    __syncwarp();  // the step's rows are there, and those before them are read
+    copy_step(step + kStages - 1);
+#pragma unroll
+    for (int open = 0; open + 1 < W::kOpen; ++open)
+#pragma unroll
+      for (int j = 0; j < W::kColumns; ++j) gradients[open][j][0] = gradients[open + 1][j][0];
+#pragma unroll
+    for (int j = 0; j < W::kColumns; ++j)
+      load_channels(read.place + kGradients + j * kC, gradients[W::kOpen - 1][j]);
+    if (unsigned(row) >= unsigned(p.input.image.height)) {
+      // Zeros, which only count where an infinity or NaN meets them.
+      float zero = 0;
+#pragma unroll
+      for (int open = 0; open < W::kOpen; ++open)
+#pragma unroll
+        for (int j = 0; j < W::kColumns; ++j) zero += gradients[open][j][0] * 0.0f;
+      if (zero == 0) continue;
+    }
+    float values[W::kReads][1];
+#pragma unroll
+    for (int i = 0; i < W::kReads; ++i) load_channels(read.place + i * kC, values[i]);
+    for_products<W>(0, [&](int open, int kh, int j, int kw, int read) {
+      sums[kh][kw][0] += gradients[open][j][0] * values[read][0];
+    });
+  }
+}
+
 // Partial sums lie [chunk][tap][channel]. Grid: x chunks, those of different channels next to each
 // other.
 template <typename W, typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kWeightBlocks<W>)
+__global__ void __launch_bounds__(kMostWarps<W>* kWarp, kWeightBlocks<W>)
     taps_kernel(const __grid_constant__ Taps p, const T* __restrict__ input,
                 const T* __restrict__ grad, float* __restrict__ partial) {
-  constexpr int kV = kVector<W, T>, kC = kChannels<W, T>, kS = kSteps<W>;
+  constexpr int kV = kVector<W, T>, kC = kChannels<W, T>;
   extern __shared__ uint4 shared[];
   T* const ring = reinterpret_cast<T*>(shared);
   const int warp = threadIdx.x / kWarp, lane_channel = threadIdx.x % kWarp * kV;
   const unsigned channel_tile = blockIdx.x % unsigned(p.tiling.channel_tiles);
   const unsigned chunk = blockIdx.x / unsigned(p.tiling.channel_tiles);
-  const int positions = p.tiling.warps * W::kColumns, columns = W::span(positions);
-  const int stage_size = kS * (W::kDown * columns + positions) * kC;
 
   for (unsigned index = chunk; index < p.tiling.count; index += p.chunks) {
-    const Tile tile = p.tiling.tile<W, T>(channel_tile, index);
-    const int rows = min(p.tiling.rows, p.grad.image.height - tile.row);
-    const int stages = (rows + W::kLag + kS - 1) / kS;
-    Copier<T, kC> input_copier(
-        p.input, input + tile.image * p.input.image.image_stride + tile.channel,
-        tile.row * W::kDown - p.pad_h, p.input.image.height, tile.column * W::kDown - p.pad_w,
-        columns, p.channels - tile.channel);
-    Copier<T, kC> grad_copier(p.grad, grad + tile.image * p.grad.image.image_stride + tile.channel,
-                              tile.row, tile.row + rows, tile.column, positions,
-                              p.channels - tile.channel);
-    // A stage: rows of the input, then of grad_output.
-    RingPlace<T> write(ring, stage_size, 0);
-    const auto copy_stage = [&](int stage) {
-      if (stage < stages) {
-        input_copier.template copy_rows<kS * W::kDown>(write.place, columns * kC);
-        grad_copier.template copy_rows<kS>(write.place + kS * W::kDown * columns * kC,
-                                           positions * kC);
-        write.next();
-      }
-      __pipeline_commit();  // an empty one too, so that the groups can be counted
-    };
-
+    const Tile tile = p.tiling.tile<kC, W::kColumns>(channel_tile, index);
     Sums<W, T> sums;
 #pragma unroll
     for (int tap = 0; tap < W::kTaps * kV; ++tap)
       sums[tap / kV / W::kW][tap / kV % W::kW][tap % kV] = 0;
-    float gradients[W::kOpen][W::kColumns][kV];
-#pragma unroll
-    for (int open = 0; open < W::kOpen; ++open)
-#pragma unroll
-      for (int j = 0; j < W::kColumns; ++j)
-#pragma unroll
-        for (int v = 0; v < kV; ++v) gradients[open][j][v] = 0;
-
     __syncthreads();  // the last tile's sums are read
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) copy_stage(stage);
-    RingPlace<const T> read(ring, stage_size, warp * W::kColumns * W::kDown * kC + lane_channel);
-    RingPlace<const T> read_grad(
-        ring, stage_size, (kS * W::kDown * columns + warp * W::kColumns) * kC + lane_channel);
-    for (int stage = 0; stage < stages; ++stage, read.next(), read_grad.next()) {
-      __pipeline_wait_prior(kStages - 2);
-      __syncthreads();  // the stage is there, and the one before it is read
-      copy_stage(stage + kStages - 1);
-      const T *from = read.place, *grad_from = read_grad.place;
-#pragma unroll
-      for (int step = 0; step < kS; ++step, grad_from += positions * kC) {
-#pragma unroll
-        for (int open = 0; open + 1 < W::kOpen; ++open)
-#pragma unroll
-          for (int j = 0; j < W::kColumns; ++j)
-#pragma unroll
-            for (int v = 0; v < kV; ++v) gradients[open][j][v] = gradients[open + 1][j][v];
-#pragma unroll
-        for (int j = 0; j < W::kColumns; ++j)
-          load_channels(grad_from + j * kC, gradients[W::kOpen - 1][j]);
-#pragma unroll
-        for (int row = 0; row < W::kDown; ++row, from += columns * kC) {
-          float values[W::kReads][kV];
-#pragma unroll
-          for (int i = 0; i < W::kReads; ++i) load_channels(from + i * kC, values[i]);
-          for_products<W>(row, [&](int open, int kh, int j, int kw, int read) {
-#pragma unroll
-            for (int v = 0; v < kV; ++v) sums[kh][kw][v] += gradients[open][j][v] * values[read][v];
-          });
-        }
-      }
-    }
+    if constexpr (kByWarps<W>)
+      walk_warp<W>(p, tile, input, grad, ring, sums);
+    else
+      walk_block<W>(p, tile, input, grad, ring, sums);
 
     bool defined = true;
 #pragma unroll
@@ -221,17 +310,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 
 int64_t chunk_bytes(const ConvProblem& p) { return p.weight.numel() * int64_t(sizeof(float)); }
 
-// The ring, which the tree of add_warps takes over.
+// The rings, which the tree of add_warps takes over.
 template <typename W, typename T>
 int shared_bytes(int warps) {
-  return std::max(ring_bytes<W, T>(warps, true),
+  return std::max(kByWarps<W> ? warps * kStages * kWarpStage<W, T> * int(sizeof(T))
+                              : ring_bytes<W, T>(warps, true),
                   std::max(1, warps / 2) * W::kTaps * kChannels<W, T> * int(sizeof(float)));
 }
 
 template <typename W, typename T>
 Tiling weight_tiling(const ConvProblem& p, const Device& device) {
-  return make_tiling<W, T>(p, p.output.size[2], p.output.size[3], kMostRows, device,
-                           shared_bytes<W, T>);
+  Shape shape = block_shape<W, T>(shared_bytes<W, T>);
+  if (kByWarps<W>) shape = {kChannels<W, T>, W::kColumns, kTeam, 12, true};
+  return make_tiling<W>(p, p.output.size[2], p.output.size[3], kMostRows, device, shape);
 }
 
 // One chunk a tile, but no more than keep every multiprocessor busy: partial sums cost bandwidth.
@@ -275,7 +366,8 @@ template <typename F>
 void with_kernel(const ConvProblem& p, F&& f) {
   with_type(p.dtype, [&](auto tag) {
     const auto typed = [&](auto window) { f(window, tag); };
-    with_window(p, typed, Squares{}) || with_window(p, typed, Strided{});
+    with_window(p, typed, Small{}) || with_window(p, typed, Large{}) ||
+        with_window(p, typed, Strided{});
   });
 }
 
