@@ -350,6 +350,14 @@ DEPTHWISE_TILES = [
     Problem("depthwise_many_images", 45, 3, 14, 13, 3, (7, 7), padding=(3, 3), groups=3),
     Problem("depthwise_4x7", 5, 3, 19, 16, 6, (4, 7), (3, 2), (1, 3), groups=3),
     Problem("depthwise_6x8", 2, 3, 9, 40, 3, (6, 8), padding=(2, 3), groups=3),
+    # Whole planes in shared memory: one and several a block, rows copied by four, two and one.
+    Problem("planes_of_13", 3, 5, 13, 13, 5, (3, 3), padding=(1, 1), groups=5, bias=True),
+    Problem("planes_of_10_7x7", 2, 4, 10, 22, 4, (7, 7), padding=(3, 3), groups=4),
+    Problem("planes_of_12_5x5", 2, 3, 12, 8, 3, (5, 5), padding=(2, 2), groups=3, bias=True),
+    Problem("planes_of_27_s2", 2, 3, 27, 20, 3, (5, 5), (2, 2), (2, 2), groups=3),
+    Problem("planes_of_14_s2", 2, 4, 14, 13, 4, (7, 7), (2, 2), (3, 3), groups=4, bias=True),
+    Problem("many_planes_of_4", 20, 60, 4, 5, 60, (3, 3), padding=(1, 1), groups=60),
+    Problem("many_planes_of_6_s2", 20, 60, 6, 6, 60, (3, 3), (2, 2), (1, 1), groups=60),
 ]
 
 # Tensors of more than 2^31 elements (GPU with more than 40 GB only).

@@ -13,10 +13,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, SIMULATION = ROOT / "csrc", ROOT / "tests/simulation"
@@ -35,6 +38,8 @@ GEMM_HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_c
 OTHERS = ["depthwise", "depthwise_strips", "depthwise_planes", "depthwise_weight"]
 OTHERS += ["depthwise_large", "depthwise_channels_last", "depthwise_channels_last_warps"]
 OTHERS += ["depthwise_channels_last_weight", "grouped", "grouped_weight"]
+
+DONE = "done"  # a file that is there when everything is compiled
 
 # The programs' own files; all others of tests/simulation/ are of both.
 GEMM_OWN = ["main", "check", "convolution", "plans", "copy_engine", "tensor_cores"]
@@ -70,12 +75,24 @@ def translate(path: Path, to: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def simulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the programs, compiled once."""
+    """The folder with the programs, compiled once, though pytest-xdist has several sessions."""
     if sys.platform != "linux":
         pytest.skip("threads are simulated by what Linux has for it (ucontext.h)")
     if shutil.which(COMPILER[0]) is None:
         pytest.skip(f"no C++ compiler ({COMPILER[0]!r}): install one or set CXX")
-    directory = tmp_path_factory.mktemp("simulation")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return compile_programs(tmp_path_factory.mktemp("simulation"))
+    directory = tmp_path_factory.getbasetemp().parent / "simulation"  # that all workers share
+    with FileLock(f"{directory}.lock"):
+        if not (directory / DONE).exists():
+            directory.mkdir(exist_ok=True)
+            compile_programs(directory)
+            (directory / DONE).touch()
+    return directory
+
+
+def compile_programs(directory: Path) -> Path:
+    """Makes the programs; skips where the compiler cannot."""
     (directory / "probe.cc").write_text("int main() { return int(_Float16(0)); }")
     probe = run(*COMPILER, *FLAGS, directory / "probe.cc", "-o", directory / "probe")
     if probe.returncode != 0:
@@ -83,7 +100,7 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     # Headers before those of csrc/, which include each other by the same names.
     translated = directory / "cuda"
-    translated.mkdir()
+    translated.mkdir(exist_ok=True)
     for header in (CSRC / "cuda").glob("*.cuh"):
         translate(header, translated / header.name)
 
@@ -134,11 +151,9 @@ THEMES = {
 
 
 @pytest.fixture(scope="session")
-def simulated(simulator: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What each theme's run said; all of them at once, as far as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = pool.map(lambda theme: run(simulator / "simulate", theme, "1", str(PLANS)), THEMES)
-        return dict(zip(THEMES, runs, strict=True))
+def simulated(simulator: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """What a theme's run said, which is made once."""
+    return cache(lambda theme: run(simulator / "simulate", theme, "1", str(PLANS)))
 
 
 def covered(done: subprocess.CompletedProcess[str]) -> Counter[str]:
@@ -154,19 +169,20 @@ def assert_covered(counts: Counter[str], least: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_every_result_is_right_and_stored_once(
-    simulated: dict[str, subprocess.CompletedProcess[str]], theme: str
+    simulated: Callable[[str], subprocess.CompletedProcess[str]], theme: str
 ) -> None:
-    done = simulated[theme]
+    done = simulated(theme)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert_covered(covered(done), THEMES[theme])
 
 
 def test_no_kind_of_plan_is_left_out(
-    simulated: dict[str, subprocess.CompletedProcess[str]],
+    simulated: Callable[[str], subprocess.CompletedProcess[str]],
 ) -> None:
-    if any(done.returncode != 0 for done in simulated.values()):
+    runs = [simulated(theme) for theme in THEMES]
+    if any(done.returncode != 0 for done in runs):
         pytest.skip("a simulation failed")
-    total = sum(map(covered, simulated.values()), Counter())
+    total = sum(map(covered, runs), Counter())
     print(dict(total))
     assert_covered(total, LEAST)
 
@@ -200,22 +216,9 @@ LEAST_CASES = {
 }
 
 
-@pytest.fixture(scope="session")
-def simulated_algorithms(simulator: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What each algorithm's run said."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cases = map(str, CASES.values())
-        runs = pool.map(
-            lambda *which: run(simulator / "algorithms", which[0], "1", which[1]), CASES, cases
-        )
-        return dict(zip(CASES, runs, strict=True))
-
-
 @pytest.mark.parametrize("algorithm", CASES)
-def test_algorithm_is_right_on_random_problems(
-    simulated_algorithms: dict[str, subprocess.CompletedProcess[str]], algorithm: str
-) -> None:
-    done = simulated_algorithms[algorithm]
+def test_algorithm_is_right_on_random_problems(simulator: Path, algorithm: str) -> None:
+    done = run(simulator / "algorithms", algorithm, "1", str(CASES[algorithm]))
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     shares = {kind: int(share * CASES[algorithm]) for kind, share in LEAST_SHARES.items()}
     assert_covered(covered(done), shares | LEAST_CASES[algorithm])
