@@ -84,9 +84,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, (kBlocks<W, T>))
             stores = channels > 0 ? rows - first_store : 0;
   const int first_column = W::kUp == 1 ? 0 : -(thread_column + p.result_column);
   const int end_column = p.result.width - thread_column - p.result_column;
-  const bool together =
-      kV == 1 || (channels >= kV && reinterpret_cast<uintptr_t>(place) % (kV * sizeof(T)) == 0 &&
-                  p.result.row_stride % kV == 0 && p.result.column_stride % kV == 0);
+  const bool together = are_vectors<kV>(place, p.result, channels);
 
   float sums[W::kOpen][W::kColumns][kV];
 #pragma unroll

@@ -52,6 +52,15 @@ struct Pixels {
   static const Tensor4& from(const ConvProblem& p) { return backward(p) ? p.output : p.input; }
 };
 
+// Whether a thread's channels, of which the first is at `place` and `channels` are left, are one
+// vector in every pixel.
+template <int kVector, typename T>
+__device__ __forceinline__ bool are_vectors(const T* place, const Image& image, int channels) {
+  return kVector == 1 ||
+         (channels >= kVector && reinterpret_cast<uintptr_t>(place) % (kVector * sizeof(T)) == 0 &&
+          image.row_stride % kVector == 0 && image.column_stride % kVector == 0);
+}
+
 // Stores one thread's results of a row of positions, which begin at `place`; `first` and `end`
 // bound the columns that exist. `together`: all channels of a thread at once.
 template <typename W, int kVector, typename T>

@@ -98,9 +98,7 @@ __global__ void __launch_bounds__(kTeam* kWarp, kTeams<W>)
              (tile.row - W::kLag) * p.result.row_stride +
              int64_t(thread_column) * p.result.column_stride;
   const int end_column = p.result.width - thread_column;
-  const bool together =
-      kV == 1 || (channels >= kV && reinterpret_cast<uintptr_t>(place) % (kV * sizeof(T)) == 0 &&
-                  p.result.row_stride % kV == 0 && p.result.column_stride % kV == 0);
+  const bool together = are_vectors<kV>(place, p.result, channels);
 
   float sums[W::kOpen][W::kColumns][kV];
 #pragma unroll
