@@ -48,7 +48,7 @@ def main() -> int:
                 outcome = _check(device, algorithm, dtype)
                 failed |= outcome.startswith("FAILED")
                 name = f"{device} {algorithm} {str(dtype).removeprefix('torch.')}"
-                print(f"  {name:34}{outcome}", flush=True)
+                print(f"  {name:40} {outcome}", flush=True)
     return int(failed)
 
 

@@ -52,11 +52,14 @@ bool connected(const GemmAxis& axis, int q_begin, int q_end, int p_begin, int p_
 
 // fp16 parts resolve 2^-25. What that makes of a sum of elements this small, each of them off by as
 // much, stays within 1.5 · sqrt(length) units of the precision, relative to their magnitudes. It is
-// held against the largest of a channel or cell; with one product there is room for elements a
-// thousand times smaller than that.
-float smallest_element(int products, int64_t length) {
-  const double unit = products == 3 ? 0x1p-24 : 0x1p-11, room = products == 3 ? 1 : 1024;
-  return float(0x1p-25 * room / (1.5 * unit * std::sqrt(double(length))));
+// held against the largest of a channel or cell. Where a result sums few channels, by a single tap
+// perhaps (at a corner, of a stride's phase), all its elements may happen to be far smaller than
+// that: room for it; with one product there is room for elements a thousand times smaller.
+float smallest_element(int products, int64_t channels, int64_t taps) {
+  constexpr double kMany = 64;
+  const double unit = products == 3 ? 0x1p-24 : 0x1p-11;
+  const double room = products == 3 ? std::max(1.0, kMany / double(channels)) : 1024;
+  return float(0x1p-25 * room / (1.5 * unit * std::sqrt(double(channels * taps))));
 }
 
 // Fills the lists of steps and their taps; false where they are too long.
@@ -151,7 +154,7 @@ bool describe_cells(const ConvProblem& p, const CellChoice& choice, GemmProblem&
   g.cells_h = int(ceil_divide(g.result.size[2] + g.h.result_origin, g.h.block));
   g.cells_w = int(ceil_divide(g.result.size[3] + g.w.result_origin, g.w.block));
   g.products = p.precision == Precision::kIeee ? 3 : 1;
-  g.smallest = smallest_element(g.products, g.sums * p.kernel().h * p.kernel().w);
+  g.smallest = smallest_element(g.products, g.sums, p.kernel().h * p.kernel().w);
   const int phases = g.phases();
   if (row_classes && g.h.block > kMaxClasses) return false;
   if (sum_classes && phases > kMaxClasses) return false;

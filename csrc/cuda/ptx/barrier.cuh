@@ -17,13 +17,15 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   ::cuda::ptx::mbarrier_arrive(barrier);
 }
 
-// Barrier `name` (1 to 15; 0 is __syncthreads) of kThreads threads.
+// Barrier `name` (1 to 15; 0 is __syncthreads) of kThreads threads, that is of whole warps.
 template <int kThreads>
 __device__ __forceinline__ void sync_threads(int name) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
 }
+// The same for threads that come from different places of the program: synccheck takes bar.sync
+// for one place.
 __device__ __forceinline__ void sync_threads(int name, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+  asm volatile("barrier.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 // Registers a thread of this warpgroup has from here on; all its warps must come by.
