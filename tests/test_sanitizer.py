@@ -44,7 +44,7 @@ few = [
     for problem in DEPTHWISE_TILES + LARGE_KERNELS + FEW_A_GROUP + CHANNELS_LAST
     if math.prod(problem.input_size) * math.prod(problem.kernel) < 200_000
 ]
-with_tf32 = ("implicit_gemm", "grouped", "grouped_weight")
+with_tf32 = ("implicit_gemm", "implicit_gemm_weight", "grouped", "grouped_weight")
 ran = 0
 for problem, dtype in itertools.product(ODD + dense + few, (torch.float32, torch.bfloat16)):
     x, w, bias, dy = reference.operands(problem, dtype, "cuda")

@@ -22,6 +22,7 @@
 #include "cuda/check.h"
 #include "cuda/grouped_weight_walker.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/weight_parts.h"
 
 namespace convops::cuda {
 namespace grouped_weight {
@@ -192,30 +193,6 @@ __global__ void __launch_bounds__((kMaxWarps + kCopyWarps) * kWarp, 2)
   }
 }
 
-// Adds the parts in order. Block: x elements, y threads of each that take every y-th part.
-constexpr int kReduceThreads = 256;
-__global__ void __launch_bounds__(kReduceThreads)
-    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* __restrict__ partial,
-                  int64_t parts, float* __restrict__ result) {
-  __shared__ float shared[kReduceThreads];
-  const int lane = int(threadIdx.x), lanes = int(blockDim.x), share = int(threadIdx.y);
-  const int64_t count = weight.numel(), element = int64_t(blockIdx.x) * lanes + lane;
-  float sum = 0;
-  if (element < count)
-#pragma unroll 4
-    for (int64_t part = share; part < parts; part += blockDim.y)
-      sum += partial[part * count + element];
-  shared[share * lanes + lane] = sum;
-  __syncthreads();
-  if (share != 0 || element >= count) return;
-  for (int other = 1; other < int(blockDim.y); ++other) sum += shared[other * lanes + lane];
-  const int64_t kw = element % weight.size[3], line = element / weight.size[3];
-  const int64_t kh = line % weight.size[2], rest = line / weight.size[2];
-  const int64_t channel = rest % weight.size[1], out = rest / weight.size[1];
-  result[out * weight.stride[0] + channel * weight.stride[1] + kh * weight.stride[2] +
-         kw * weight.stride[3]] = sum;
-}
-
 template <typename Shape>
 Arguments make_arguments(const ConvProblem& p, const Operands& operands) {
   const Tiling t(p);
@@ -271,14 +248,8 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
       a, static_cast<const float*>(operands.input), static_cast<const float*>(operands.output),
       partial);
   CONVOPS_LAUNCH_CHECK("grouped backward-weight");
-  constexpr int kMaxShares = 8, kPartsOfShare = 4;
-  const int64_t parts = int64_t(a.chunks) * a.tiling.strips;
-  unsigned shares = 1;
-  while (shares < kMaxShares && shares * kPartsOfShare < parts) shares *= 2;
-  const dim3 threads(kReduceThreads / shares, shares);
-  reduce_kernel<<<unsigned(ceil_divide(p.weight.numel(), threads.x)), threads, 0, stream>>>(
-      p.weight, partial, parts, static_cast<float*>(operands.weight));
-  CONVOPS_LAUNCH_CHECK("grouped backward-weight reduction");
+  add_weight_parts(p.weight, partial, int64_t(a.chunks) * a.tiling.strips,
+                   static_cast<float*>(operands.weight), execution.stream);
 }
 
 class GroupedWeight final : public Algorithm {

@@ -329,6 +329,13 @@ int kinds_log(int64_t stride);
 // Whether results of a row of cells can be written as neighbours in memory.
 bool are_neighbours(const GemmProblem& gemm);
 
+// fp16 parts resolve 2^-25. What that makes of a sum of elements this small, each of them off by as
+// much, stays within 1.5 · sqrt(length) units of the precision, relative to their magnitudes. It is
+// held against the largest of a channel or cell. Where a result sums few channels, by a single tap
+// perhaps (at a corner, of a stride's phase), all its elements may happen to be far smaller than
+// that: room for it; with one product there is room for elements a thousand times smaller.
+float smallest_element(int products, int64_t channels, int64_t taps);
+
 // The fastest by estimate of all blocks and tiles.
 GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
 // Steps of all packed weights, and the seconds of a call whose tensors have so many bytes.

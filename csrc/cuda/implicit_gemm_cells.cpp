@@ -50,18 +50,6 @@ bool connected(const GemmAxis& axis, int q_begin, int q_end, int p_begin, int p_
   return false;
 }
 
-// fp16 parts resolve 2^-25. What that makes of a sum of elements this small, each of them off by as
-// much, stays within 1.5 · sqrt(length) units of the precision, relative to their magnitudes. It is
-// held against the largest of a channel or cell. Where a result sums few channels, by a single tap
-// perhaps (at a corner, of a stride's phase), all its elements may happen to be far smaller than
-// that: room for it; with one product there is room for elements a thousand times smaller.
-float smallest_element(int products, int64_t channels, int64_t taps) {
-  constexpr double kMany = 64;
-  const double unit = products == 3 ? 0x1p-24 : 0x1p-11;
-  const double room = products == 3 ? std::max(1.0, kMany / double(channels)) : 1024;
-  return float(0x1p-25 * room / (1.5 * unit * std::sqrt(double(channels * taps))));
-}
-
 // Fills the lists of steps and their taps; false where they are too long.
 bool list_steps(GemmProblem& g) {
   int count = 0;  // of taps
@@ -119,6 +107,13 @@ void sort_channels(GemmProblem& g) {
 }
 
 }  // namespace
+
+float smallest_element(int products, int64_t channels, int64_t taps) {
+  constexpr double kMany = 64;
+  const double unit = products == 3 ? 0x1p-24 : 0x1p-11;
+  const double room = products == 3 ? std::max(1.0, kMany / double(channels)) : 1024;
+  return float(0x1p-25 * room / (1.5 * unit * std::sqrt(double(channels * taps))));
+}
 
 int kinds_log(int64_t stride) {
   return std::countr_zero(unsigned(kSector / std::gcd(stride, int64_t{kSector})));

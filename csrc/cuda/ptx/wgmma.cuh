@@ -1,5 +1,5 @@
 // Hopper's warpgroup matrix multiplication, one instruction a function: D (64×N, float32 in
-// registers) = A (64×16) · B (16×N) + D, both operands fp16 in shared memory.
+// registers) = A (64×16) · B (16×N) + D, fp16, B in shared memory and A there or in registers.
 #pragma once
 
 #include <cstdint>
@@ -51,6 +51,10 @@ __device__ __forceinline__ void wgmma_wait() {
 #define CONVOPS_R8 CONVOPS_R7 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define CONVOPS_R9 CONVOPS_R8 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define CONVOPS_R8H CONVOPS_R8 ", %72, %73, %74, %75"
+#define CONVOPS_R2H CONVOPS_R1 ", %16, %17, %18, %19"
+#define CONVOPS_D1 CONVOPS_D(0), CONVOPS_D(1)
+#define CONVOPS_D1H CONVOPS_D1, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
+#define CONVOPS_D2 CONVOPS_D1, CONVOPS_D(2)
 #define CONVOPS_D3 CONVOPS_D(0), CONVOPS_D(1), CONVOPS_D(2), CONVOPS_D(3)
 #define CONVOPS_D5 CONVOPS_D3, CONVOPS_D(4), CONVOPS_D(5)
 #define CONVOPS_D7 CONVOPS_D5, CONVOPS_D(6), CONVOPS_D(7)
@@ -71,5 +75,34 @@ CONVOPS_WGMMA(96, CONVOPS_R5, CONVOPS_D5, "%48", "%49", "%50")
 CONVOPS_WGMMA(128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66")
 CONVOPS_WGMMA(160, CONVOPS_R9, CONVOPS_D9, "%80", "%81", "%82")
 CONVOPS_WGMMA(152, CONVOPS_R8H, CONVOPS_D8H, "%76", "%77", "%78")
+
+// An operand B in shared memory as it lies in cells, without swizzle: rows of 8 halves (16 bytes)
+// are eight columns of B at one k, those of the next k follow, the next eight columns lie `plane`
+// bytes after the first. Adding i moves the operand by i k's.
+struct Cells {
+  uint32_t low, high;
+
+  __device__ Cells operator+(int cells) const { return {low + cells, high}; }
+  __device__ uint64_t descriptor() const { return uint64_t(high) << 32 | low; }
+};
+__device__ __forceinline__ Cells cells(uint32_t address, uint32_t plane) {
+  constexpr uint32_t kEightCells = 8 * 16;  // bytes between groups of eight k's
+  return {(address & 0x3ffff) >> 4 | kEightCells >> 4 << 16, plane >> 4};
+}
+
+// A in registers: a lane's pairs of k's in rows `lane / 4` and 8 more, then 8 k's further.
+#define CONVOPS_WGMMA_CELLS(n, registers, outputs, a0, a1, a2, a3, b_number, accumulate_number) \
+  __device__ __forceinline__ void wgmma(float (&d)[n / 2], const uint32_t (&a)[4], Cells b,     \
+                                        int accumulate) {                                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                          \
+                 ", 0;\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" registers "}, {" a0 \
+                 ", " a1 ", " a2 ", " a3 "}, " b_number ", p, 1, 1, 1;\n}\n"                    \
+                 : outputs                                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()),             \
+                   "r"(accumulate));                                                            \
+  }
+CONVOPS_WGMMA_CELLS(40, CONVOPS_R2H, CONVOPS_D1H, "%20", "%21", "%22", "%23", "%24", "%25")
+CONVOPS_WGMMA_CELLS(48, CONVOPS_R2, CONVOPS_D2, "%24", "%25", "%26", "%27", "%28", "%29")
 
 }  // namespace convops::cuda::ptx

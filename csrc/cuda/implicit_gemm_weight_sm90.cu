@@ -1,0 +1,147 @@
+// The kernels of implicit_gemm_weight: gradients of the weight, out channels × (channels × taps),
+// as a product over all pixels of all images on Hopper's tensor cores, in fp16 parts.
+//
+// A block sums some taps of 128 or 64 out channels and 8 to 32 channels over a share of all rows of
+// grad_output, and keeps these sums in registers until its last row. A stage is 96 pixels of a row:
+//
+//   grad_output  ──copy engine──►  raw stages  ──consumers──►  registers, fp16: A
+//   input  ──converters──►  cells of 8 channels, fp16, a ring of rows: B
+//
+// Both operands have pixels as k. A tensor core's A may be in registers, where a lane's pixels are
+// neighbours in grad_output's rows: it needs no transposition, and each number is converted by the
+// one thread that uses it. B lies as cells, one pixel's eight channels in 16 bytes: k is the cell,
+// so a tap to the right is the same operand 16 bytes further, and the rows of a kernel are more
+// columns of the same instruction: the ring's rows are as far apart as octets of a row. Every
+// number of the input is converted once for all taps and out channels of the block.
+//
+// Every row of an out channel's and every row of the input has its own power of two as scale; a
+// stage's sums leave the tensor cores, which cut bits off, with both. The second kernel computes
+// again what the first found fp16 cannot hold. docs/implicit_gemm_weight.md tells how fast.
+#include <iterator>
+#include <utility>
+
+#include "cuda/check.h"
+#include "cuda/implicit_gemm_weight_consumers.cuh"
+#include "cuda/implicit_gemm_weight_producers.cuh"
+
+namespace convops::cuda {
+namespace implicit_gemm_weight {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    sum_kernel(const __grid_constant__ WeightGemm g,
+               const __grid_constant__ WeightOperands operands) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  Header& header = *reinterpret_cast<Header*>(shared);
+  uint8_t* const cells = shared + kHeader;
+  uint8_t* const raw = cells + T::kParts * T::kPartBytes;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < T::kStages; ++i) {
+      ::cuda::ptx::mbarrier_init(&header.raw_full[i], 1);
+      ::cuda::ptx::mbarrier_init(&header.raw_scaled[i], kScalerWarps);
+      ::cuda::ptx::mbarrier_init(&header.raw_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < T::kRing; ++i) {
+      ::cuda::ptx::mbarrier_init(&header.cells_full[i], kConverterWarps);
+      ::cuda::ptx::mbarrier_init(&header.cells_empty[i], kConsumerWarps);
+    }
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+  }
+  __syncthreads();
+
+  const Place place(g, T::kTile, int(blockIdx.x));
+  const int warp = int(threadIdx.x) / kWarp;
+  if (warp < kConsumerWarps) {
+    ptx::raise_registers<kConsumerRegisters>();
+    run_consumers<T>(g, operands, place, header, cells, raw);
+  } else {
+    ptx::lower_registers<kProducerRegisters>();
+    if (warp >= kConverters) {
+      run_converters<T>(g, operands, place, header, cells);
+    } else if (warp > kLoader) {
+      run_scalers<T>(g, operands, place, header, raw);
+    } else if (threadIdx.x % kWarp == 0) {
+      run_loader<T>(g, operands, place, header, raw);
+    }
+  }
+}
+
+// The sums of bad blocks by fused multiply-adds, a thread each; zeros outside the input are
+// multiplied. Grid: blocks of the first kernel, shares of their sums.
+constexpr int kExactThreads = 256, kExactShares = 16;
+__global__ void __launch_bounds__(kExactThreads)
+    exact_kernel(const __grid_constant__ WeightGemm g,
+                 const __grid_constant__ WeightOperands operands,
+                 const __grid_constant__ Tensor4 grad, WeightTile tile) {
+  if (operands.bad_blocks[blockIdx.x] == 0) return;
+  const Place place(g, tile, int(blockIdx.x));
+  const int taps = tile.kernel_h * tile.kernel_w, pairs = tile.out_channels() * tile.channels();
+  for (int i = int(blockIdx.y) * kExactThreads + int(threadIdx.x); i < pairs * taps;
+       i += kExactShares * kExactThreads) {
+    const int tap = i % taps, pair = i / taps;
+    const int kh = place.tap_h + tap / tile.kernel_w, kw = place.tap_w + tap % tile.kernel_w;
+    const int channel = place.channel + pair % tile.channels();
+    const int out_channel = place.out_channel + pair / tile.channels();
+    if (kh >= g.kernel_h || kw >= g.kernel_w || channel >= g.channels ||
+        out_channel >= g.out_channels)
+      continue;
+    const float* const input =
+        operands.input + (int64_t(place.group) * g.channels + channel) * g.channel_stride;
+    const float* const gradients =
+        operands.grad + (int64_t(place.group) * g.out_channels + out_channel) * grad.stride[1];
+    float total = 0;
+    for (Rows row(g, place); !row.done(); row.next(g)) {
+      const int h = row.y + kh * g.dilation_h - g.padding_h;
+      const float* const x = input + row.image * g.image_stride + h * g.row_stride;
+      const float* const dy = gradients + row.image * grad.stride[0] + row.y * grad.stride[2];
+      float sum = 0;
+      for (int at = row.x; at < min(row.x + kStagePixels, g.out_width); ++at) {
+        const int w = at + kw * g.dilation_w - g.padding_w;
+        const bool inside = unsigned(h) < unsigned(g.height) && unsigned(w) < unsigned(g.width);
+        sum = fmaf(inside ? x[w] : 0.f, dy[at], sum);
+      }
+      total += sum;
+    }
+    const int64_t line =
+        ((int64_t(place.group) * g.out_channels + out_channel) * g.channels + channel) *
+            g.kernel_h +
+        kh;
+    operands.partial[place.split * g.weights() + line * g.kernel_w + kw] = total;
+  }
+}
+
+template <typename T>
+void launch(const WeightGemm& g, const WeightOperands& operands, cudaStream_t stream) {
+  const auto kernel = sum_kernel<T>;
+  CONVOPS_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
+  kernel<<<g.tiles() * g.splits, kThreads, T::kSharedBytes, stream>>>(g, operands);
+  CONVOPS_LAUNCH_CHECK("implicit_gemm backward-weight");
+}
+
+}  // namespace
+}  // namespace implicit_gemm_weight
+
+void sum_weight_parts_sm90(const WeightGemm& g, const WeightTile& tile, int products,
+                           const WeightOperands& operands, const Tensor4& grad, void* stream) {
+  using namespace implicit_gemm_weight;
+  const auto on = cudaStream_t(stream);
+  const int blocks = g.tiles() * g.splits;
+  CONVOPS_CUDA_CHECK(cudaMemsetAsync(operands.bad_blocks, 0, blocks, on));
+  const auto try_tile = [&]<int i>() {
+    constexpr WeightTile kTile = kWeightTiles[i];
+    if (tile != kTile) return;
+    if (products == 3)
+      launch<Traits<kTile.kernel_h, kTile.kernel_w, kTile.octets, kTile.wide, 3>>(g, operands, on);
+    else
+      launch<Traits<kTile.kernel_h, kTile.kernel_w, kTile.octets, kTile.wide, 1>>(g, operands, on);
+  };
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (try_tile.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, int(std::size(kWeightTiles))>());
+  exact_kernel<<<dim3(blocks, kExactShares), kExactThreads, 0, on>>>(g, operands, grad, tile);
+  CONVOPS_LAUNCH_CHECK("implicit_gemm backward-weight, exact");
+}
+
+}  // namespace convops::cuda

@@ -1,0 +1,45 @@
+#include "cuda/check.h"
+#include "cuda/weight_parts.h"
+#include "integers.h"
+
+namespace convops::cuda {
+namespace {
+
+// Adds the parts in order. Block: x elements, y threads of each that take every y-th part.
+constexpr int kReduceThreads = 256;
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* __restrict__ partial,
+                  int64_t parts, float* __restrict__ result) {
+  __shared__ float shared[kReduceThreads];
+  const int lane = int(threadIdx.x), lanes = int(blockDim.x), share = int(threadIdx.y);
+  const int64_t count = weight.numel(), element = int64_t(blockIdx.x) * lanes + lane;
+  float sum = 0;
+  if (element < count)
+#pragma unroll 4
+    for (int64_t part = share; part < parts; part += blockDim.y)
+      sum += partial[part * count + element];
+  shared[share * lanes + lane] = sum;
+  __syncthreads();
+  if (share != 0 || element >= count) return;
+  for (int other = 1; other < int(blockDim.y); ++other) sum += shared[other * lanes + lane];
+  const int64_t kw = element % weight.size[3], line = element / weight.size[3];
+  const int64_t kh = line % weight.size[2], rest = line / weight.size[2];
+  const int64_t channel = rest % weight.size[1], out = rest / weight.size[1];
+  result[out * weight.stride[0] + channel * weight.stride[1] + kh * weight.stride[2] +
+         kw * weight.stride[3]] = sum;
+}
+
+}  // namespace
+
+void add_weight_parts(const Tensor4& weight, const float* partial, int64_t parts, float* result,
+                      void* stream) {
+  constexpr int kMaxShares = 8, kPartsOfShare = 4;
+  unsigned shares = 1;
+  while (shares < kMaxShares && shares * kPartsOfShare < parts) shares *= 2;
+  const dim3 threads(kReduceThreads / shares, shares);
+  reduce_kernel<<<unsigned(ceil_divide(weight.numel(), threads.x)), threads, 0,
+                  cudaStream_t(stream)>>>(weight, partial, parts, result);
+  CONVOPS_LAUNCH_CHECK("backward-weight's last sum");
+}
+
+}  // namespace convops::cuda
