@@ -22,7 +22,7 @@ namespace {
 constexpr int kReach = 8;
 // A thread adds the sums of so many rows at most, one after the other: that bounds the rounding
 // error of large batches. A share of fewer rows is not worth a block's start.
-constexpr int64_t kMostRows = 2048, kFewestRows = 8;
+constexpr int64_t kMostRows = 4096, kFewestRows = 8;
 
 struct Plan {
   WeightTile tile;
@@ -58,9 +58,10 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   g.taps_w = int(ceil_divide(g.kernel_w, tile.kernel_w));
   g.segments = int(ceil_divide(g.out_width, kStagePixels));
   g.rows = int64_t{g.batch} * g.segments * g.out_height;
-  // One wave of blocks.
-  const int64_t wave = std::min<int64_t>(processors / g.tiles(), g.rows / kFewestRows);
-  const int64_t wanted = std::max({int64_t{1}, wave, ceil_divide(g.rows, kMostRows)});
+  // One wave of blocks, or as many as keep shares short.
+  const int64_t wave = std::max(1, processors / g.tiles());
+  const int64_t waves = ceil_divide(g.rows, wave * kMostRows);
+  const int64_t wanted = std::max<int64_t>(1, std::min(wave * waves, g.rows / kFewestRows));
   g.splits = int(std::min(wanted, std::max<int64_t>(1, parts)));
   g.row_kinds = int(kVector / std::gcd(p.output.stride[2], int64_t{kVector}));
   for (int kind = 0; kind < g.row_kinds; ++kind)
@@ -138,8 +139,7 @@ class ImplicitGemmWeight final : public Algorithm {
       if (extent >= kMaxExtent) return "a side or padding of 2^30 or more";
     const std::optional<Plan> plan = make_plan(p, device, 1);
     if (!plan) return "a dilation of " + std::to_string(p.dilation.w);
-    if (double(p.weight.numel()) * double(kMaxSharedMemory) > double(int64_t{1} << 46))
-      return "too many weights";
+    if (plan->gemm.rows >= kMaxExtent) return "2^30 rows or more";
     return "";
   }
 

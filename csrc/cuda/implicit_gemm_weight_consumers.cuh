@@ -89,19 +89,19 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
     }
-    // What a sum of each row of the kernel is worth.
+    // What a sum of each row of the kernel is worth, read by the lane that says later that the
+    // slot is free.
     float worth[T::kKernelH];
     Stage<T::kRing> tap_slot = slot;
 #pragma unroll
     for (float& unit : worth) {
-      unit = header.cells_unit[tap_slot.index];
+      unit = __shfl_sync(~0u, lane == 0 ? header.cells_unit[tap_slot.index] : 0.f, 0);
       tap_slot.next();
     }
     ptx::wgmma_wait<0>();
-    __syncwarp();
     // The row's first tap is nobody else's, at a run's end all are.
     const bool ends = row.next(g) || row.done();
-    if (lane == 0) ptx::barrier_arrive(&header.raw_empty[stage.index]);
+    ptx::barrier_arrive(&header.raw_empty[stage.index]);
     stage.next();
     for (int left = ends ? T::kKernelH : 1; left > 0; --left, --come, slot.next())
       if (lane == 0) ptx::barrier_arrive(&header.cells_empty[slot.index]);
@@ -117,6 +117,8 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
         }
   }
 
+  // Not so where an operand is infinite or NaN, or a sum too large.
+  bool finite = true;
   float* const to = operands.partial + place.split * g.weights();
 #pragma unroll
   for (int kh = 0; kh < T::kKernelH; ++kh)
@@ -131,10 +133,13 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
               g.kernel_h +
           h;
 #pragma unroll
-      for (int tap = 0; tap < T::kKernelW; ++tap)
-        if (place.tap_w + tap < g.kernel_w)
-          to[line * g.kernel_w + place.tap_w + tap] = totals[tap][kh * T::kOctets * 4 + j];
+      for (int tap = 0; tap < T::kKernelW; ++tap) {
+        const float total = totals[tap][kh * T::kOctets * 4 + j];
+        finite &= fabsf(total) < INFINITY;
+        if (place.tap_w + tap < g.kernel_w) to[line * g.kernel_w + place.tap_w + tap] = total;
+      }
     }
+  if (!finite) operands.bad_blocks[blockIdx.x] = 1;
 }
 
 }  // namespace convops::cuda::implicit_gemm_weight

@@ -8,7 +8,6 @@
 #include "cuda/implicit_gemm_weight_stages.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
-#include "cuda/ptx/max.cuh"
 
 namespace convops::cuda::implicit_gemm_weight {
 
@@ -17,86 +16,139 @@ using implicit_gemm::Scale;
 
 constexpr float kHalfUnit = 0x1p-14f;  // what 1 stands for where the largest is 1 to 2
 
-// By one thread: a box of out channels × pixels a row; zeros outside of the tensor.
+// Copies boxes of out channels × pixels of a row, zeros outside of the tensor.
 template <typename T>
-__device__ __forceinline__ void run_loader(const WeightGemm& g, const WeightOperands& operands,
-                                           const Place& place, Header& header, uint8_t* raw) {
-  Stage<T::kStages> stage;
-  const int channel = place.group * g.out_channels + place.out_channel;
-  for (Rows row(g, place); !row.done(); row.next(g), stage.next()) {
-    uint64_t* const full = &header.raw_full[stage.index];
-    ptx::barrier_wait(&header.raw_empty[stage.index], stage.parity ^ 1);
-    ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
-                                           ::cuda::ptx::space_shared, full, T::kRawBytes);
-    const int kind = row.y % g.row_kinds;
-    const int32_t at[4] = {row.x, row.y / g.row_kinds, channel, row.image};
-    ptx::copy_box(raw + stage.index * T::kRawBytes, &operands.maps[kind], at, full);
+class Loader {
+ public:
+  __device__ Loader(const WeightGemm& g, const Place& place)
+      : row_(g, place), channel_(place.group * g.out_channels + place.out_channel) {}
+
+  // By one thread: all rows there are that have a free stage, and waits for one until `least` rows
+  // are on their way.
+  __device__ void load(const WeightGemm& g, const WeightOperands& operands, Header& header,
+                       uint8_t* raw, int least) {
+    while (!row_.done()) {
+      uint64_t* const full = &header.raw_full[stage_.index];
+      uint64_t* const empty = &header.raw_empty[stage_.index];
+      if (loaded_ >= least && !ptx::barrier_passed(empty, stage_.parity ^ 1)) return;
+      ptx::barrier_wait(empty, stage_.parity ^ 1);
+      ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
+                                             ::cuda::ptx::space_shared, full, T::kRawBytes);
+      const int kind = row_.y % g.row_kinds;
+      const int32_t at[4] = {row_.x, row_.y / g.row_kinds, channel_, row_.image};
+      ptx::copy_box(raw + stage_.index * T::kRawBytes, &operands.maps[kind], at, full);
+      stage_.next();
+      row_.next(g);
+      ++loaded_;
+    }
   }
+
+ private:
+  Rows row_;
+  int channel_, loaded_ = 0;
+  Stage<T::kStages> stage_;
+};
+
+// Reduces the lanes' m[0 .. kCount - 1] over groups of eight lanes: lane i of a group gets the
+// largest m[i % kCount].
+template <int kCount>
+__device__ __forceinline__ float scatter_max(float (&m)[kCount], int lane) {
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float kept = upper ? m[i + half] : m[i], sent = upper ? m[i] : m[i + half];
+      m[i] = fmaxf(kept, __shfl_xor_sync(~0u, sent, half));
+    }
+  }
+#pragma unroll
+  for (int lanes = kCount; lanes < 8; lanes *= 2)
+    m[0] = fmaxf(m[0], __shfl_xor_sync(~0u, m[0], lanes));
+  return m[0];
 }
 
-// Finds the largest of every out channel's row, eight lanes together. Neighbours of the row's that
-// are in its first and last 16 bytes count too.
+// Finds the largest of every out channel's row, eight lanes together, and gives it a scale.
+// Neighbours of the row's that are in its first and last 16 bytes count too, NaNs do not: consumers
+// see them. The first thread is the loader: it looks after free stages before each row, and waits
+// for one only where it has nothing else to do.
 template <typename T>
 __device__ __forceinline__ void run_scalers(const WeightGemm& g, const WeightOperands& operands,
-                                            const Place& place, Header& header,
-                                            const uint8_t* raw) {
-  constexpr int kLanes = 8, kRowsAtOnce = kScalerWarps * kWarp / kLanes;
+                                            const Place& place, Header& header, uint8_t* raw) {
+  constexpr int kLanes = 8, kGroups = kScalerWarps * kWarp / kLanes;
   constexpr int kVectors = kStagePixels / kVector / kLanes;
   static_assert(kVectors * kVector * kLanes == kStagePixels);
-  static_assert(T::kTile.out_channels() % (kWarp / kLanes) == 0, "a warp's lanes end together");
-  const int lane = int(threadIdx.x) % kLanes;
-  const int first = (int(threadIdx.x) - (kLoader + 1) * kWarp) / kLanes;
+  constexpr int kCount = T::kTile.out_channels() / kGroups;  // rows of a group
+  static_assert(kCount * kGroups == T::kTile.out_channels() && kCount <= kLanes);
+  const int thread = int(threadIdx.x) - kScalers * kWarp;
+  const int lane = thread % kLanes, first = thread / kLanes * kCount;
+  Loader<T> loader(g, place);
   bool fits = true;
   Stage<T::kStages> stage;
-  for (Rows row(g, place); !row.done(); row.next(g), stage.next()) {
+  const int rows = int(place.end - place.begin);
+  for (int row = 0; row < rows; ++row, stage.next()) {
+    if (thread == 0) loader.load(g, operands, header, raw, row + 1);
     ptx::barrier_wait(&header.raw_full[stage.index], stage.parity);
-    const float4* from = reinterpret_cast<const float4*>(raw + stage.index * T::kRawBytes) + lane;
-#pragma unroll 2
-    for (int i = first; i < T::kTile.out_channels(); i += kRowsAtOnce) {
-      const float4* vectors = from + i * (kRawPitch / kVector);
-      float largest = 0;
-      const auto note = [&](const float4& v) {
-        largest = ptx::max_nan(largest, ptx::max_nan(ptx::max_nan(fabsf(v.x), fabsf(v.y)),
-                                                     ptx::max_nan(fabsf(v.z), fabsf(v.w))));
-      };
+    const float4* from = reinterpret_cast<const float4*>(raw + stage.index * T::kRawBytes) +
+                         first * (kRawPitch / kVector);
+    float largest[kCount];
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) note(vectors[j * kLanes]);
-      if (lane == 0) note(vectors[kVectors * kLanes]);
+    for (int i = 0; i < kCount; ++i, from += kRawPitch / kVector) {
+      largest[i] = 0;
 #pragma unroll
-      for (int lanes = 1; lanes < kLanes; lanes *= 2)
-        largest = ptx::max_nan(largest, __shfl_xor_sync(~0u, largest, lanes));
-      const Scale scale = choose_scale(__float_as_uint(largest));
-      fits &= scale.fits;
-      if (lane == 0) header.row_scale[stage.index][i] = {scale.factor, scale.magnitude * kHalfUnit};
+      for (int j = 0; j <= kVectors; ++j) {  // the last is the same for all lanes
+        const float4 v = from[j * kLanes + (j < kVectors ? lane : 0)];
+        largest[i] =
+            fmaxf(fmaxf(largest[i], fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
+      }
     }
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) ptx::barrier_arrive(&header.raw_scaled[stage.index]);
+    const Scale scale = choose_scale(__float_as_uint(scatter_max(largest, lane)));
+    fits &= scale.fits;
+    if (lane < kCount)
+      header.row_scale[stage.index][first + lane] = {scale.factor, scale.magnitude * kHalfUnit};
+    ptx::barrier_arrive(&header.raw_scaled[stage.index]);
   }
   if (!fits) operands.bad_blocks[blockIdx.x] = 1;
 }
 
-// Each thread has a column of the rows: reads all channels of a pixel, scales and splits them. The
-// scale is the row's, of all channels together.
+// Each thread has a column of the rows: copies all channels of a pixel to its own places in raw
+// memory, rows ahead, scales and splits them. The scale is the row's, of all channels together.
 template <typename T>
 __device__ __forceinline__ void run_converters(const WeightGemm& g, const WeightOperands& operands,
-                                               const Place& place, Header& header, uint8_t* cells) {
+                                               const Place& place, Header& header, uint8_t* cells,
+                                               float* raw) {
   constexpr int kChannels = T::kBlockOctets * kOctet;
   const int thread = int(threadIdx.x) - kConverters * kWarp, warp = thread / kWarp;
   const float* const first =
       operands.input + (int64_t(place.group) * g.channels + place.channel) * g.channel_stride;
   const int top = place.tap_h * g.dilation_h - g.padding_h;
   const int left = place.tap_w * g.dilation_w - g.padding_w + thread;
-  float x[kChannels];
-  const auto read = [&](const Rows& row, int tap) {
-    const int h = row.y + top + tap * g.dilation_h, w = row.x + left;
-    const bool inside =
-        unsigned(h) < unsigned(g.height) && unsigned(w) < unsigned(g.width) && thread < kCells;
-    const int count = inside ? g.channels - place.channel : 0;
-    const float* from = first + row.image * g.image_stride + h * g.row_stride + w;
+  raw += thread;
+  // The next row to copy; a run begins with the rows of all taps.
+  Rows row(g, place);
+  int tap = 0;
+  int copied = 0;
+  const auto copy = [&](int stage) {
+    if (!row.done()) {
+      if (thread < kCells) {
+        const int h = row.y + top + tap * g.dilation_h, w = row.x + left;
+        const bool inside = unsigned(h) < unsigned(g.height) && unsigned(w) < unsigned(g.width);
+        const int count = inside ? g.channels - place.channel : 0;
+        const float* from = first + row.image * g.image_stride + h * g.row_stride + w;
+        const auto to = uint32_t(__cvta_generic_to_shared(raw + stage * T::kInputFloats));
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i, from += g.channel_stride)
-      x[i] = i < count ? __ldg(from) : 0;
+        for (int i = 0; i < kChannels; ++i, from += g.channel_stride)
+          ptx::copy_float(to + i * kCells * 4, i < count ? from : operands.input, i < count);
+      }
+      ++copied;
+      if (tap < T::kKernelH - 1)
+        ++tap;
+      else if (row.next(g))
+        tap = 0;
+    }
+    ptx::copy_commit();
   };
+  float x[kChannels];
   const auto store = [&](float factor, int slot) {
 #pragma unroll
     for (int octet = 0; octet < T::kBlockOctets; ++octet) {
@@ -123,14 +175,20 @@ __device__ __forceinline__ void run_converters(const WeightGemm& g, const Weight
   };
 
   bool fits = true;
-  Rows row(g, place);
-  int tap = 0;
-  if (!row.done()) read(row, tap);
+#pragma unroll
+  for (int i = 0; i < kInputStages - 1; ++i) copy(i);
   Stage<T::kRing> slot;
-  for (uint32_t turn = 0; !row.done(); turn ^= 1, slot.next()) {
+  Stage<kInputStages> stage;
+  for (int converted = 0; converted < copied; ++converted, slot.next(), stage.next()) {
+    const int turn = converted % 2;
+    copy((stage.index + kInputStages - 1) % kInputStages);
+    ptx::copy_wait<kInputStages - 1>();
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i)
+      x[i] = thread < kCells ? raw[stage.index * T::kInputFloats + i * kCells] : 0;
     float largest = 0;
 #pragma unroll
-    for (const float value : x) largest = ptx::max_nan(largest, fabsf(value));
+    for (const float value : x) largest = fmaxf(largest, fabsf(value));
     header.largest[turn][warp] = __reduce_max_sync(~0u, __float_as_uint(largest));
     ptx::sync_threads<kConverterWarps * kWarp>(1);
     uint32_t most = 0;
@@ -148,14 +206,7 @@ __device__ __forceinline__ void run_converters(const WeightGemm& g, const Weight
     if (thread < kCells) store(scale.factor, slot.index);
     if (thread == 0) header.cells_unit[slot.index] = scale.magnitude * kHalfUnit;
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    __syncwarp();
-    if (thread % kWarp == 0) ptx::barrier_arrive(&header.cells_full[slot.index]);
-    // A run begins with the rows of all taps.
-    if (tap < T::kKernelH - 1)
-      ++tap;
-    else if (row.next(g))
-      tap = 0;
-    if (!row.done()) read(row, tap);
+    ptx::barrier_arrive(&header.cells_full[slot.index]);
   }
   if (!fits) operands.bad_blocks[blockIdx.x] = 1;
 }

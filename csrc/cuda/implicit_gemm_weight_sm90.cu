@@ -35,15 +35,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(128) uint8_t shared[];
   Header& header = *reinterpret_cast<Header*>(shared);
   uint8_t* const cells = shared + kHeader;
-  uint8_t* const raw = cells + T::kParts * T::kPartBytes;
+  float* const input = reinterpret_cast<float*>(cells + T::kParts * T::kPartBytes);
+  uint8_t* const raw = shared + T::kRawAt;
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
       ::cuda::ptx::mbarrier_init(&header.raw_full[i], 1);
-      ::cuda::ptx::mbarrier_init(&header.raw_scaled[i], kScalerWarps);
-      ::cuda::ptx::mbarrier_init(&header.raw_empty[i], kConsumerWarps);
+      ::cuda::ptx::mbarrier_init(&header.raw_scaled[i], kScalerWarps * kWarp);
+      ::cuda::ptx::mbarrier_init(&header.raw_empty[i], kConsumerWarps * kWarp);
     }
     for (int i = 0; i < T::kRing; ++i) {
-      ::cuda::ptx::mbarrier_init(&header.cells_full[i], kConverterWarps);
+      ::cuda::ptx::mbarrier_init(&header.cells_full[i], kConverterWarps * kWarp);
       ::cuda::ptx::mbarrier_init(&header.cells_empty[i], kConsumerWarps);
     }
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
@@ -57,20 +58,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     run_consumers<T>(g, operands, place, header, cells, raw);
   } else {
     ptx::lower_registers<kProducerRegisters>();
-    if (warp >= kConverters) {
-      run_converters<T>(g, operands, place, header, cells);
-    } else if (warp > kLoader) {
+    if (warp >= kConverters)
+      run_converters<T>(g, operands, place, header, cells, input);
+    else
       run_scalers<T>(g, operands, place, header, raw);
-    } else if (threadIdx.x % kWarp == 0) {
-      run_loader<T>(g, operands, place, header, raw);
-    }
   }
 }
 
 // The sums of bad blocks by fused multiply-adds, a thread each; zeros outside the input are
 // multiplied. Grid: blocks of the first kernel, shares of their sums.
 constexpr int kExactThreads = 256, kExactShares = 16;
-__global__ void __launch_bounds__(kExactThreads)
+__global__ void __launch_bounds__(kExactThreads, 2)
     exact_kernel(const __grid_constant__ WeightGemm g,
                  const __grid_constant__ WeightOperands operands,
                  const __grid_constant__ Tensor4 grad, WeightTile tile) {

@@ -10,9 +10,10 @@ namespace convops::cuda::implicit_gemm_weight {
 
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 4 * kWarp;
-// Consumers, the loader and the scalers in one warpgroup, converters.
-constexpr int kConsumerWarps = 8, kLoader = kConsumerWarps, kScalerWarps = 3, kConverterWarps = 4;
-constexpr int kConverters = kLoader + 1 + kScalerWarps;
+// Warps that multiply, that find grad_output's scales, of which one thread loads it too, and that
+// convert the input.
+constexpr int kConsumerWarps = 8, kScalerWarps = 4, kConverterWarps = 4;
+constexpr int kScalers = kConsumerWarps, kConverters = kScalers + kScalerWarps;  // the first
 constexpr int kThreads = (kConverters + kConverterWarps) * kWarp;
 constexpr int kConsumerRegisters = 200, kProducerRegisters = 56;
 static_assert(kConsumerRegisters * kConsumerWarps +
@@ -29,6 +30,7 @@ static_assert(kRawPitch % 32 == 8 && kRawPitch >= kStagePixels + kVector);
 constexpr int kReach = 8, kCells = kStagePixels + kReach, kPlane = kCells * kOctet * 2;
 static_assert(kCells <= kConverterWarps * kWarp);
 constexpr int kMaxStages = 4, kMaxRing = 7, kHeader = 5120;
+constexpr int kInputStages = 3;  // of raw rows of the input, each thread's its own
 
 struct Header {
   uint64_t raw_full[kMaxStages], raw_scaled[kMaxStages], raw_empty[kMaxStages];
@@ -57,10 +59,13 @@ struct Traits {
   static constexpr int kGroupBytes = kSlots * kOctets * kPlane;  // of a part, a warpgroup's octets
   static constexpr int kPartBytes = (kBlockOctets / kOctets) * kGroupBytes;
   static constexpr int kRawBytes = kTile.out_channels() * kRawPitch * 4;
-  static constexpr int kRoom = (kMaxSharedMemory - kHeader - kParts * kPartBytes) / kRawBytes;
+  static constexpr int kInputFloats = kBlockOctets * kOctet * kCells;  // of a stage
+  static constexpr int kRawAt = kHeader + kParts * kPartBytes + kInputStages * kInputFloats * 4;
+  static constexpr int kRoom = (kMaxSharedMemory - kRawAt) / kRawBytes;
   static constexpr int kStages = kRoom < kMaxStages ? kRoom : kMaxStages;
   static_assert(kStages >= 2);
-  static constexpr int kSharedBytes = kHeader + kParts * kPartBytes + kStages * kRawBytes;
+  static constexpr int kSharedBytes = kRawAt + kStages * kRawBytes;
+  static_assert(kRawAt % 128 == 0);
 };
 
 // Where a block works.
@@ -92,7 +97,7 @@ struct Place {
 class Rows {
  public:
   __device__ Rows(const WeightGemm& g, const Place& place)
-      : height_(g.out_height), step_(g.dilation_h), left_(place.end - place.begin) {
+      : height_(g.out_height), step_(g.dilation_h), left_(int(place.end - place.begin)) {
     column_ = int(place.begin / height_);
     const int row = int(place.begin % height_);
     // Runs of one row more come first.
@@ -125,8 +130,7 @@ class Rows {
     x = (column_ - image * segments) * kStagePixels;
   }
 
-  int height_, step_, column_;
-  int64_t left_;
+  int height_, step_, column_, left_;
 };
 
 // A place in a ring of stages and the parity of its barriers' phase.
