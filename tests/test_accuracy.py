@@ -310,6 +310,56 @@ def test_every_kind_of_data(problem: Problem, data: str, direction: str, device:
             check(result, case, bound, algorithm)
 
 
+def louder_and_louder(tensor: Tensor) -> Tensor:
+    """The tensor with its first channel a thousandth as loud, and its last a thousand times."""
+    return tensor * 10 ** torch.linspace(-3, 3, tensor.shape[1])[:, None, None]
+
+
+# What is done to the input and grad_output, both normal.
+WEIGHT_DATA: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "normal": lambda x, dy: (x, dy),
+    "positive": lambda x, dy: (x.abs(), dy.abs()),
+    "relu": lambda x, dy: (x.clamp(min=0), dy),
+    "large_and_small": lambda x, dy: (x * 1e30, dy * 1e-30),
+    "lognormal": lambda x, dy: (x.sign() * (3 * torch.randn_like(x)).exp(), dy),
+    "channels": lambda x, dy: (x * 10 ** torch.linspace(-3, 3, x.shape[1])[:, None, None], dy),
+    "grad_channels": lambda x, dy: (
+        x,
+        dy * 10 ** torch.linspace(-3, 3, dy.shape[1])[:, None, None],
+    ),
+    "one_1e9": lambda x, dy: (with_one(x, 1e9), dy),
+    "grad_one_1e9": lambda x, dy: (x, with_one(dy, 1e9)),
+    "loud_image": lambda x, dy: (x * torch.tensor([1e6, 1])[:, None, None, None], dy),
+    "zeros": lambda x, dy: (x * 0, dy),
+}
+
+
+@pytest.mark.parametrize("data", WEIGHT_DATA)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("dense", 2, 24, 16, 100, 40, (3, 3), padding=(1, 1)),
+        Problem("dilated", 2, 20, 22, 44, 72, (5, 7), padding=(4, 3), dilation=(2, 1)),
+        Problem("grouped", 2, 32, 12, 30, 48, (3, 3), groups=2),
+    ],
+    ids=lambda p: p.name,
+)
+def test_weight_gradient_of_every_kind_of_data(problem: Problem, data: str, device: str) -> None:
+    torch.manual_seed(0)
+    x, dy = WEIGHT_DATA[data](torch.randn(problem.input_size), torch.randn(problem.output_size))
+    expected = reference.backward_weight(problem, dy.double(), x.double())
+    magnitude = reference.backward_weight(problem, dy.abs().double(), x.abs().double())
+    terms = problem.n * math.prod(problem.output_size[2:])
+    case = Case(x, dy, expected, magnitude, terms)
+    w = torch.empty(problem.weight_size, device=device)
+    tensors = (x.to(device), w, None, dy.to(device))
+    for precision in PRECISIONS[device]:
+        roundoff = IEEE_ROUNDOFF if precision == "ieee" else reference.TF32_ROUNDOFF
+        bound = 2 * FMA_LOOP * math.sqrt(terms) * roundoff * magnitude + roundings(case)
+        for algorithm, result in results(problem, "backward_weight", *tensors, precision=precision):
+            check(result.cpu(), case, bound, algorithm)
+
+
 @lru_cache(maxsize=4)
 def special_case(
     problem: Problem, direction: str, operand: str, values: tuple[float, ...], place: float
