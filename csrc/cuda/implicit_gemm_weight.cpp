@@ -70,19 +70,19 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   return g;
 }
 
-// Seconds of the main kernel, by cycles of a stage: of the tensor cores, or of those that prepare
-// it. Measured on an H200.
-double estimate(const WeightGemm& g, const WeightTile& tile, int products, const Device& device) {
-  constexpr double kMultiply = 1.35, kPromote = 400, kScale = 2000, kConvert = 900, kOctetOf = 500;
-  constexpr double kLaunchSeconds = 15e-6, kFlopsOfCycle = 256;
-  const double columns = tile.kernel_h * tile.octets * kOctet;
-  const double multiply =
-      kStagePixels / 16 * products * tile.kernel_w * columns * kMultiply + kPromote;
-  const double convert = kConvert + kOctetOf * tile.channels() / kOctet;
-  const double cycles = std::max({multiply, convert, kScale * tile.out_channels() / 128});
+// Seconds, by cycles of a stage: of the tensor cores, or of those that prepare it. Measured on an
+// H200.
+double estimate(const ConvProblem& p, const WeightGemm& g, const WeightTile& tile,
+                const Device& device) {
+  constexpr double kMultiply = 2.1, kPrepare = 3100, kLaunchSeconds = 25e-6;
+  constexpr double kFlopsOfCycle = 256, kBandwidthFraction = 0.65;
+  const int columns = tile.kernel_h * tile.octets * kOctet;
+  const double multiply = kMultiply * (kStagePixels / 16) * products(p) * tile.kernel_w * columns;
   const double clock = device.fp32_flops / (kFlopsOfCycle * device.processors);
   const int64_t waves = ceil_divide(int64_t{g.tiles()} * g.splits, device.processors);
-  return kLaunchSeconds + double(waves) * double(ceil_divide(g.rows, g.splits)) * cycles / clock;
+  const double stages = double(waves) * double(ceil_divide(g.rows, g.splits));
+  return kLaunchSeconds + std::max(stages * std::max(multiply, kPrepare) / clock,
+                                   p.bytes() / (device.bandwidth * kBandwidthFraction));
 }
 
 bool reaches(const ConvProblem& p, const WeightTile& tile) {
@@ -103,7 +103,7 @@ std::optional<Plan> make_plan(const ConvProblem& p, const Device& device, int64_
   for (const WeightTile& tile : kWeightTiles) {
     if (!reaches(p, tile)) continue;
     const WeightGemm gemm = describe(p, tile, device.processors, parts);
-    const double seconds = estimate(gemm, tile, products(p), device);
+    const double seconds = estimate(p, gemm, tile, device);
     if (!best || seconds < best->seconds) best = {tile, gemm, seconds};
   }
   return best;
