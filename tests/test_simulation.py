@@ -32,7 +32,7 @@ FLAGS += ["-Wno-sign-compare"]
 FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", "-U_FORTIFY_SOURCE"]
 FLAGS += [f"-I{SIMULATION / 'toolkit'}", f"-I{SIMULATION}", f"-I{CSRC}"]  # the first hides CUDA's
 
-GEMM = ["implicit_gemm_sm90", "implicit_gemm_weights_sm90", "implicit_gemm_exact_sm90"]
+GEMM = ["implicit_gemm_sm90", "implicit_gemm_pack_sm90", "implicit_gemm_exact_sm90"]
 # The planner is part of plans.cpp.
 GEMM_HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_cost", "_cells")]
 OTHERS = ["depthwise", "depthwise_strips", "depthwise_planes", "depthwise_weight"]

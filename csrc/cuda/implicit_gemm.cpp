@@ -1,6 +1,6 @@
 // implicit_gemm: dense convolution of float32 tensors on Hopper's tensor cores, forward and
 // backward-input, straight from and to NCHW (or any strides): no columns, no layout copies. Three
-// kernels: implicit_gemm_weights_sm90.cu packs the weights, implicit_gemm_sm90.cu multiplies,
+// kernels: implicit_gemm_pack_sm90.cu packs the weights, implicit_gemm_sm90.cu multiplies,
 // implicit_gemm_exact_sm90.cu computes again what fp16 could not hold. docs/implicit_gemm.md tells
 // how and how fast.
 #include "cuda/implicit_gemm.h"
