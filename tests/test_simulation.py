@@ -37,7 +37,7 @@ GEMM = ["implicit_gemm_sm90", "implicit_gemm_pack_sm90", "implicit_gemm_exact_sm
 GEMM_HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_cost", "_cells")]
 OTHERS = ["depthwise", "depthwise_strips", "depthwise_planes", "depthwise_weight"]
 OTHERS += ["depthwise_large", "depthwise_channels_last", "depthwise_channels_last_warps"]
-OTHERS += ["depthwise_channels_last_weight", "grouped", "grouped_weight"]
+OTHERS += ["depthwise_channels_last_weight", "grouped", "grouped_weight", "weight_parts"]
 
 DONE = "done"  # a file that is there when everything is compiled
 
