@@ -1,6 +1,7 @@
 // Depthwise convolution with channel multiplier 1 of tensors whose channels are dense
 // (channels_last): forward and backward-input with a stride; those of stride 1 are in
-// depthwise_channels_last_warps.cu, backward-weight is in depthwise_channels_last_weight.cu.
+// depthwise_channels_last_warps.cu, those that patches are faster for in
+// depthwise_channels_last_patches.cu, backward-weight is in depthwise_channels_last_weight.cu.
 // float32 is IEEE whatever the precision asked for.
 //
 // Lanes lie along channels, a block's warps side by side along W. The block walks down its tile: it
@@ -10,6 +11,7 @@
 // that costs nothing, since a fused multiply-add may write another register than it adds to.
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
+#include "cuda/depthwise_channels_last_patches.h"
 #include "cuda/depthwise_channels_last_pixels.cuh"
 #include "cuda/depthwise_channels_last_warps.h"
 #include "cuda/depthwise_channels_last_weight.h"
@@ -163,6 +165,7 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
 }
 
 void run_pixels(const ConvProblem& p, const Operands& operands, const Execution& execution) {
+  if (run_patches(p, operands, execution)) return;
   if (p.stride.h == 1) return run_pixels_by_warps(p, operands, execution);
   with_type(p.dtype, [&](auto tag) {
     const auto f = [&](auto window) {
@@ -209,22 +212,43 @@ class DepthwiseChannelsLast final : public Algorithm {
     // Fitted on an H200: shares of the peaks, and what a call takes whose tensors are small, which
     // grows with the kernel: weights are loaded, code is, and the first rows store nothing.
     struct Fit {
-      double bandwidth, flops, seconds_per_tap;
+      double bandwidth, flops, seconds, seconds_per_tap;
     };
-    constexpr Fit kWarpPixels{0.72, 0.5, 0.05e-6}, kBlockPixels{0.65, 0.45, 0.2e-6},
-        kWeights{0.65, 0.36, 0.2e-6};
-    constexpr double kSeconds = 5e-6, kSecondLaunch = 3e-6;
+    constexpr Fit kSmallPatches{0.84, 0.2, 3.9e-6, 0.06e-6}, kLargePatches{0.84, 0.5, 6.5e-6, 0},
+        kVectorPixels{0.73, 0.5, 7.8e-6, 0}, kWarpPixels{0.72, 0.5, 5e-6, 0.05e-6},
+        kBlockPixels{0.65, 0.45, 5e-6, 0.2e-6}, kWeights{0.65, 0.36, 8e-6, 0.2e-6};
+    const auto memory = [&](const Fit& fit) {
+      return p.bytes() / (device.bandwidth * fit.bandwidth);
+    };
+    const auto arithmetic = [&](const Fit& fit) {
+      return p.flops() / (device.fp32_flops * fit.flops);
+    };
+    const auto fixed = [&](const Fit& fit) {
+      return fit.seconds + fit.seconds_per_tap * double(p.taps());
+    };
+    // Lanes past the last channel work for nothing.
+    const auto lanes = [&](int64_t group) {
+      return double(round_up(p.in_channels(), group)) / double(p.in_channels());
+    };
     const bool weight = p.direction == Direction::kBackwardWeight, by_warps = p.stride.h == 1;
+    switch (weight ? Patches::kNone : which_patches(p, device)) {
+      case Patches::kSmall:  // one after the other
+        return memory(kSmallPatches) + arithmetic(kSmallPatches) + fixed(kSmallPatches);
+      case Patches::kLarge:
+        return memory(kLargePatches) + fixed(kLargePatches);
+      case Patches::kNone:
+        break;
+    }
+    if (by_warps && !weight && p.taps() == 9)
+      return memory(kVectorPixels) * lanes(lane_bytes(p) / element_size(p.dtype)) +
+             fixed(kVectorPixels);
+    // Nor do steps before the first result count.
     const Fit& fit = weight ? kWeights : by_warps ? kWarpPixels : kBlockPixels;
-    // Lanes past the last channel work for nothing, and steps before the first result.
-    const double lanes = double(round_up(p.in_channels(), kWarp)) / double(p.in_channels());
     const double steps = by_warps && !weight
                              ? 1
                              : 1 + double((p.kernel().h - 1) / p.stride.h) /
                                        double(std::max<int64_t>(1, p.output.size[2]));
-    return std::max(p.bytes() / (device.bandwidth * fit.bandwidth),
-                    p.flops() * lanes * steps / (device.fp32_flops * fit.flops)) +
-           kSeconds + fit.seconds_per_tap * double(p.taps()) + (weight ? kSecondLaunch : 0);
+    return std::max(memory(fit), arithmetic(fit) * lanes(kWarp) * steps) + fixed(fit);
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {

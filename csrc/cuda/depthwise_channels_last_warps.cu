@@ -182,21 +182,35 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
 
 }  // namespace
 
+// 256 of float32, 128 of 16 bits, for memory's sake; half of that, and half again, where more than
+// a quarter of the lanes would idle.
+int lane_bytes(const ConvProblem& p) {
+  const int size = int(element_size(p.dtype)), widest = 64 * size;
+  const auto taken = [&](int bytes) { return round_up(p.in_channels() * size, int64_t{bytes}); };
+  int bytes = widest;
+  while (bytes > widest / 4 && 3 * taken(bytes) > 4 * taken(bytes / 2)) bytes /= 2;
+  return bytes;
+}
+
 void run_pixels_by_warps(const ConvProblem& p, const Operands& operands,
                          const Execution& execution) {
   with_type(p.dtype, [&](auto tag) {
     const auto f = [&](auto window) {
       using W = decltype(window);
       using T = decltype(tag);
-      // Of float32 a warp takes 256 bytes of a pixel, for memory's sake, unless lanes would idle.
-      if constexpr (W::kTaps == 9 && sizeof(T) == 4) {
+      if constexpr (W::kTaps == 9) {
+        constexpr int kWidest = 64 * sizeof(T);
+        const int bytes = lane_bytes(p);
         const bool backward = Pixels::backward(p);
         const Source source(Pixels::from(p), backward ? operands.output : operands.input, p.dtype);
-        if (source.chunk_bytes == 16 &&
-            round_up(p.in_channels(), 64) == round_up(p.in_channels(), 32))
-          return launch<W, T, 256>(p, operands, execution);
+        // Chunks of fewer than 16 bytes are more than a warp's lanes where it takes 256.
+        if (bytes == kWidest && (kWidest <= 128 || source.chunk_bytes == 16))
+          return launch<W, T, kWidest>(p, operands, execution);
+        if (bytes >= kWidest / 2) return launch<W, T, kWidest / 2>(p, operands, execution);
+        return launch<W, T, kWidest / 4>(p, operands, execution);
+      } else {
+        launch<W, T, 128>(p, operands, execution);
       }
-      launch<W, T, 128>(p, operands, execution);
     };
     with_window(p, f, Small{}) || with_window(p, f, Large{});
   });

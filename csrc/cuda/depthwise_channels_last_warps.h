@@ -6,6 +6,8 @@
 
 namespace convops::cuda::depthwise_channels_last {
 
+// Of a pixel, that a warp of 3×3 takes side by side.
+int lane_bytes(const ConvProblem& problem);
 void run_pixels_by_warps(const ConvProblem& problem, const Operands& operands,
                          const Execution& execution);
 
