@@ -38,7 +38,8 @@ GEMM_HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_c
 OTHERS = ["depthwise", "depthwise_strips", "depthwise_planes", "depthwise_weight"]
 OTHERS += ["depthwise_large", "depthwise_channels_last", "depthwise_channels_last_warps"]
 OTHERS += ["depthwise_channels_last_patches", "depthwise_channels_last_weight"]
-OTHERS += ["grouped", "grouped_weight", "weight_parts"]
+OTHERS += ["depthwise_channels_last_weight_registers", "grouped", "grouped_weight"]
+OTHERS += ["weight_parts"]
 
 DONE = "done"  # a file that is there when everything is compiled
 

@@ -1,7 +1,7 @@
 // Depthwise convolution with channel multiplier 1 of tensors whose channels are dense
 // (channels_last): forward and backward-input with a stride; those of stride 1 are in
 // depthwise_channels_last_warps.cu, those that patches are faster for in
-// depthwise_channels_last_patches.cu, backward-weight is in depthwise_channels_last_weight.cu.
+// depthwise_channels_last_patches.cu, backward-weight is in depthwise_channels_last_weight*.cu.
 // float32 is IEEE whatever the precision asked for.
 //
 // Lanes lie along channels, a block's warps side by side along W. The block walks down its tile: it
@@ -20,7 +20,7 @@ namespace convops::cuda {
 namespace depthwise_channels_last {
 namespace {
 
-constexpr int64_t kMaxTiles = int64_t{1} << 29;
+constexpr int64_t kMaxTiles = int64_t{1} << 29, kMaxLines = int64_t{1} << 30;
 
 // Grid: x tiles, those of different channels next to each other.
 template <typename W, typename T>
@@ -204,6 +204,7 @@ class DepthwiseChannelsLast final : public Algorithm {
       if (t->size[0] * ceil_divide(t->size[1], kWarp) * t->size[3] * strips > kMaxTiles)
         return "more than 2^29 tiles";
     }
+    if (p.batch() * (p.output.size[2] + p.kernel().h) > kMaxLines) return "more than 2^30 rows";
     if (std::max(p.padding.h, p.padding.w) > kMaxSide) return "padding of more than 2^29";
     return "";
   }
@@ -216,7 +217,7 @@ class DepthwiseChannelsLast final : public Algorithm {
     };
     constexpr Fit kSmallPatches{0.84, 0.2, 3.9e-6, 0.06e-6}, kLargePatches{0.84, 0.5, 6.5e-6, 0},
         kVectorPixels{0.73, 0.5, 7.8e-6, 0}, kWarpPixels{0.72, 0.5, 5e-6, 0.05e-6},
-        kBlockPixels{0.65, 0.45, 5e-6, 0.2e-6}, kWeights{0.65, 0.36, 8e-6, 0.2e-6};
+        kBlockPixels{0.65, 0.45, 5e-6, 0.2e-6}, kWeights{0.65, 0.36, 6e-6, 0.1e-6};
     const auto memory = [&](const Fit& fit) {
       return p.bytes() / (device.bandwidth * fit.bandwidth);
     };

@@ -1,7 +1,8 @@
 // Backward-weight of depthwise convolution on channels_last tensors: the walk of
 // depthwise_channels_last.cu with the roles of weights and sums exchanged. A thread keeps one sum
 // of every tap in registers, and of grad_output the kOpen rows of kColumns positions that the row
-// of input at hand meets.
+// of input at hand meets. Rings are for 5×5 and 7×7 where there is much to do; the rest is in
+// depthwise_channels_last_weight_registers.cu.
 //
 // A block works through tiles (chunk, chunk + chunks, ...). After each it adds its warps' sums in a
 // tree and the result to its partial sums in the workspace, so no chain of additions in a thread is
@@ -10,6 +11,8 @@
 #include "cuda/check.h"
 #include "cuda/depthwise_channels_last_warps.cuh"
 #include "cuda/depthwise_channels_last_weight.h"
+#include "cuda/launch.h"
+#include "cuda/ptx/launch.cuh"
 
 namespace convops::cuda::depthwise_channels_last {
 namespace {
@@ -17,9 +20,11 @@ namespace {
 // Products of a chain: this times kColumns.
 constexpr int64_t kMostRows = 64;
 
+using StridedLarge = WindowList<Window<5, 5, 1, 2>, Window<7, 7, 1, 2>>;
+
 // Warps that have a ring each: where they have enough to do by themselves.
 template <typename W>
-constexpr bool kByWarps = W::kTaps > 9 && W::kDown == 1;
+constexpr bool kByWarps = W::kDown == 1;
 template <typename W>
 constexpr int kMostWarps = kByWarps<W> ? kTeam : kMaxWarps;
 // Elements of a stage of such a ring: a row of the input, and one of grad_output.
@@ -238,6 +243,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, kWeightBlocks<W>)
   constexpr int kV = kVector<W, T>, kC = kChannels<W, T>;
   extern __shared__ uint4 shared[];
   T* const ring = reinterpret_cast<T*>(shared);
+  ptx::launch_dependents();
   const int warp = threadIdx.x / kWarp, lane_channel = threadIdx.x % kWarp * kV;
   const unsigned channel_tile = blockIdx.x % unsigned(p.tiling.channel_tiles);
   const unsigned chunk = blockIdx.x / unsigned(p.tiling.channel_tiles);
@@ -287,11 +293,13 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, kWeightBlocks<W>)
 // Adds the chunks: a lane an element, a warp every kMaxWarps-th chunk; rounds once.
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
-    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* __restrict__ partial,
-                  unsigned chunks, T* __restrict__ result) {
+    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* partial, unsigned chunks,
+                  T* __restrict__ result) {
   __shared__ float shared[kMaxWarps][kWarp];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t elements = weight.numel(), element = int64_t(blockIdx.x) * kWarp + lane;
+  const int64_t tap = element / weight.size[0], channel = element % weight.size[0];
+  ptx::wait_for_prerequisites();
   float sum = 0;
   if (element < elements) {
 #pragma unroll 8
@@ -303,12 +311,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   if (warp > 0 || element >= elements) return;
 #pragma unroll
   for (int other = 1; other < kMaxWarps; ++other) sum += shared[other][lane];
-  const int64_t tap = element / weight.size[0], channel = element % weight.size[0];
   result[channel * weight.stride[0] + tap / weight.size[3] * weight.stride[2] +
          tap % weight.size[3] * weight.stride[3]] = convert<T>(sum);
 }
-
-int64_t chunk_bytes(const ConvProblem& p) { return p.weight.numel() * int64_t(sizeof(float)); }
 
 // The rings, which the tree of add_warps takes over.
 template <typename W, typename T>
@@ -348,33 +353,39 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
       .chunks = unsigned(std::min(wanted_chunks(tiling, *execution.device), affordable)),
       .pad_h = int(p.padding.h),
       .pad_w = int(p.padding.w)};
-  const auto partial = static_cast<float*>(execution.workspace);
   if (taps.chunks > 0) {
     taps_kernel<W, T><<<unsigned(taps.chunks * tiling.channel_tiles), tiling.warps * kWarp,
                         shared_bytes<W, T>(tiling.warps), stream>>>(
         taps, static_cast<const T*>(operands.input), static_cast<const T*>(operands.output),
-        partial);
+        static_cast<float*>(execution.workspace));
     CONVOPS_LAUNCH_CHECK("depthwise_channels_last backward-weight");
   }
-  reduce_kernel<T>
-      <<<unsigned(ceil_divide(p.weight.numel(), kWarp)), kMaxWarps * kWarp, 0, stream>>>(
-          p.weight, partial, taps.chunks, static_cast<T*>(operands.weight));
-  CONVOPS_LAUNCH_CHECK("depthwise_channels_last backward-weight reduction");
+  add_chunks(p, taps.chunks, operands, execution);
 }
 
 template <typename F>
 void with_kernel(const ConvProblem& p, F&& f) {
   with_type(p.dtype, [&](auto tag) {
     const auto typed = [&](auto window) { f(window, tag); };
-    with_window(p, typed, Small{}) || with_window(p, typed, Large{}) ||
-        with_window(p, typed, Strided{});
+    with_window(p, typed, Large{}) || with_window(p, typed, StridedLarge{});
   });
 }
 
 }  // namespace
 
+void add_chunks(const ConvProblem& p, int64_t chunks, const Operands& operands,
+                const Execution& execution) {
+  with_type(p.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kWarp), kMaxWarps * kWarp,
+                 execution, p.weight, static_cast<const float*>(execution.workspace),
+                 unsigned(chunks), static_cast<T*>(operands.weight));
+  });
+}
+
 WorkspaceRange weight_workspace(const ConvProblem& p, const Device& device) {
   WorkspaceRange range{};
+  if (find_workspace_by_registers(p, device, range)) return range;
   with_kernel(p, [&](auto window, auto tag) {
     using W = decltype(window);
     const Tiling tiling = weight_tiling<W, decltype(tag)>(p, device);
@@ -385,6 +396,7 @@ WorkspaceRange weight_workspace(const ConvProblem& p, const Device& device) {
 }
 
 void run_weight(const ConvProblem& p, const Operands& operands, const Execution& execution) {
+  if (run_weight_by_registers(p, operands, execution)) return;
   with_kernel(p, [&](auto window, auto tag) {
     launch<decltype(window), decltype(tag)>(p, operands, execution);
   });

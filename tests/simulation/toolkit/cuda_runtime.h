@@ -153,3 +153,26 @@ auto launch(Kernel* kernel, dim3 grid, dim3 threads, int64_t shared_bytes, cudaS
 }
 
 }  // namespace simulation
+
+// A launch with attributes, of which none matters where blocks run one after the other.
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  simulation::launch(kernel, config->gridDim, config->blockDim, int64_t(config->dynamicSmemBytes),
+                     config->stream)(arguments...);
+  return cudaSuccess;
+}
