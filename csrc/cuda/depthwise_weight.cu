@@ -21,6 +21,8 @@
 #include "cuda/check.h"
 #include "cuda/depthwise_weight_sums.cuh"
 #include "cuda/depthwise_weight_tiling.cuh"
+#include "cuda/launch.h"
+#include "cuda/ptx/launch.cuh"
 #include "integers.h"
 
 namespace convops::cuda {
@@ -64,6 +66,7 @@ template <typename Sums, typename T>
 __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
     sums_kernel(const __grid_constant__ Gradient p, const T* __restrict__ input,
                 const T* __restrict__ grad, float* __restrict__ partial, T* __restrict__ result) {
+  ptx::launch_dependents();
   extern __shared__ float4 shared_vectors[];
   __shared__ Copies<T> copies[2];  // of input and grad_output
   __shared__ float warp_sums[kMaxWarps][kMaxTaps];
@@ -172,12 +175,13 @@ __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
 // Adds the partial sums of a weight, a warp each, in an order that depends on their number only.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
-    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* __restrict__ partial,
-                  int64_t parts, T* __restrict__ result) {
+    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* partial, int64_t parts,
+                  T* __restrict__ result) {
   const int64_t element = int64_t(blockIdx.x) * kMaxWarps + threadIdx.x / kWarp;
   if (element >= weight.numel()) return;
   // kGroup loads in flight, and a sum of sums: large planes of few channels have many parts.
   constexpr int kGroup = 16;
+  ptx::wait_for_prerequisites();
   float sum = 0;
   for (int64_t first = threadIdx.x % kWarp; first < parts; first += kGroup * kWarp) {
     float group = 0;
@@ -249,9 +253,8 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
     CONVOPS_LAUNCH_CHECK("depthwise_weight");
   }
   if (parts == 1) return;
-  reduce_kernel<T><<<unsigned(ceil_divide(p.weight.numel(), kMaxWarps)), kMaxThreads, 0, stream>>>(
-      p.weight, partial, parts, result);
-  CONVOPS_LAUNCH_CHECK("depthwise_weight reduction");
+  launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kMaxWarps), kMaxThreads, execution,
+               p.weight, static_cast<const float*>(partial), parts, result);
 }
 
 class DepthwiseWeight final : public Algorithm {
