@@ -8,7 +8,8 @@
 | _C                          | csrc/module.cpp                 | libconvops, Python        |
 
 Sources are found by their place: a new file needs no change here. A file named `*_sm90.cu` is
-compiled for 9.0a alone, every other .cu file for the architectures of TORCH_CUDA_ARCH_LIST.
+compiled for 9.0a alone, every other .cu file for the architectures of TORCH_CUDA_ARCH_LIST: to PTX
+for 9.0 and once for all others, then to the machine code of each.
 
 Environment:
     CONVOPS_CUDA: "1" demands libconvops_cuda, "0" leaves it out, "auto" (default) builds it where
@@ -81,6 +82,25 @@ def wants_cuda(home: Path | None) -> bool:
     return mode != "0" and not missing
 
 
+def gencode(architectures: str) -> list[str]:
+    """Returns nvcc's flags for such a TORCH_CUDA_ARCH_LIST; none, so PyTorch's, if it has names.
+
+    PTX takes as long to make as machine code of it. Hopper has its own, because the kernels are
+    tuned for it, and so has what asks for it by a letter; the others share that of the oldest.
+    """
+    listed = architectures.replace(".", "").replace(";", " ").split()
+    numbers = [entry.removesuffix("+PTX") for entry in listed]
+    if not all(re.fullmatch(r"\d+[af]?", number) for number in numbers):
+        return []
+    shared = [number for number in numbers if number.isdecimal() and number != "90"]
+    flags = []
+    for entry, number in zip(listed, numbers):
+        ptx = min(shared, key=int) if number in shared else number
+        codes = [f"sm_{number}", f"compute_{ptx}"][: 2 if entry.endswith("+PTX") else 1]
+        flags += [f"-gencode=arch=compute_{ptx},code={code}" for code in codes]
+    return flags
+
+
 cuda_home = find_cuda_home()
 with_cuda = wants_cuda(cuda_home)
 if with_cuda:  # all read by cpp_extension, the first when it is imported
@@ -101,7 +121,7 @@ BUILD = Path("build") / f"{sys.implementation.cache_tag}-torch{torch.__version__
 
 
 class Build(BuildExtension):
-    """Names libraries plainly, links them to each other, compiles `*_sm90.cu` for 9.0a."""
+    """Names libraries plainly, links them to each other, knows what to compile for what."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -120,15 +140,15 @@ class Build(BuildExtension):
         ext.library_dirs.append(os.path.dirname(self.get_ext_fullpath(ext.name)))
         if hopper := [source for source in ext.sources if source.endswith("_sm90.cu")]:
             ext.sources = [source for source in ext.sources if source not in hopper]
-            args = dict(ext.extra_compile_args)
-            args["nvcc"] = [*args["nvcc"], "-gencode=arch=compute_90a,code=sm_90a"]
+            args = ext.extra_compile_args
             ext.extra_objects += self.compiler.compile(
                 hopper,
                 output_dir=os.path.join(self.build_temp, "sm90"),
                 macros=ext.define_macros,
                 include_dirs=ext.include_dirs,
-                extra_postargs=args,
+                extra_postargs={**args, "nvcc": args["nvcc"] + gencode("9.0a")},
             )
+            args["nvcc"] += gencode(os.environ["TORCH_CUDA_ARCH_LIST"])
         super().build_extension(ext)
         self.build_temp = objects
 
