@@ -94,7 +94,7 @@ def gencode(architectures: str) -> list[str]:
         return []
     shared = [number for number in numbers if number.isdecimal() and number != "90"]
     flags = []
-    for entry, number in zip(listed, numbers):
+    for entry, number in zip(listed, numbers, strict=True):
         ptx = min(shared, key=int) if number in shared else number
         codes = [f"sm_{number}", f"compute_{ptx}"][: 2 if entry.endswith("+PTX") else 1]
         flags += [f"-gencode=arch=compute_{ptx},code={code}" for code in codes]

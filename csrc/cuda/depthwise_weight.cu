@@ -45,10 +45,12 @@ __device__ float exact_sum(const Gradient& p, const Tile& tile, const T* input, 
     const bool inside =
         unsigned(h) < unsigned(p.input.height) && unsigned(w) < unsigned(p.input.width);
     const float factor =
-        inside ? convert<float>(input[image * p.input.image_stride + h * p.input.row_stride + w])
+        inside ? to_float(input[image * p.input.image_stride + h * p.input.row_stride + w],
+                          p.is_bfloat16)
                : 0.0f;
-    sum += factor * convert<float>(grad[image * p.grad.image_stride +
-                                        (tile.oh + row) * p.grad.row_stride + tile.ow + column]);
+    sum += factor * to_float(grad[image * p.grad.image_stride +
+                                  (tile.oh + row) * p.grad.row_stride + tile.ow + column],
+                             p.is_bfloat16);
   }
   return sum_of_warp(sum);
 }
@@ -108,32 +110,35 @@ __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
   };
 
   Sums sums(p);
-  // A group of copies a step, if an empty one: so they can be counted.
-  for (int step = 0; step < t.stages; ++step) {
-    if (step < steps) start(step);
-    ptx::copy_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    if (t.stages > 1)
-      ptx::copy_wait<1>();
-    else
-      ptx::copy_wait<0>();
-    __syncthreads();
-    if constexpr (Copies<T>::kRaw) {
-#pragma unroll 1
-      for (const Copies<T>& c : copies) c.convert_raw(images(step), shared);
-      __syncthreads();
-      // The raw elements have been read: their place takes the next during the sums.
-      if (step + 1 < steps) start(step + 1);
-      ptx::copy_commit();
-    }
+  const auto add = [&](int step) {
     const auto floats = reinterpret_cast<const float*>(tile_of(step));
     sums.add(p, floats, floats + t.planes * t.input.floats(), images(step));
-    if constexpr (!Copies<T>::kRaw) {
+  };
+  // Copies are `stages` steps ahead of the sums, a group a step, if an empty one: so they can be
+  // counted. They are most of the code, so there is one place for them.
+  for (int step = -t.stages; step < steps; ++step) {
+    if (step >= 0) {
+      if (t.stages > 1)
+        ptx::copy_wait<1>();
+      else
+        ptx::copy_wait<0>();
       __syncthreads();
-      if (step + t.stages < steps) start(step + t.stages);
-      ptx::copy_commit();
+      if constexpr (Copies<T>::kRaw) {
+#pragma unroll 1
+        for (const Copies<T>& c : copies)
+          if (p.is_bfloat16)
+            c.template convert_raw<__nv_bfloat16>(images(step), shared);
+          else
+            c.template convert_raw<__half>(images(step), shared);
+      } else {
+        add(step);
+      }
+      __syncthreads();
     }
+    // What has been read makes place; raw elements have been before the sums.
+    if (step + t.stages < steps) start(step + t.stages);
+    ptx::copy_commit();
+    if (Copies<T>::kRaw && step >= 0) add(step);
   }
   sums.reduce(p.window, warp_sums);
   __syncthreads();
@@ -168,7 +173,7 @@ __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
     if (partial)
       partial[(element * t.chunks + chunk) * t.tiles + part] = warp_sums[0][tap];
     else
-      weight_at(p.weight, result, element) = convert<T>(warp_sums[0][tap]);
+      set(weight_at(p.weight, result, element), warp_sums[0][tap], p.is_bfloat16);
   }
 }
 
@@ -176,7 +181,7 @@ __global__ void __launch_bounds__(kMaxThreads, Sums::kBlocks)
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     reduce_kernel(const __grid_constant__ Tensor4 weight, const float* partial, int64_t parts,
-                  T* __restrict__ result) {
+                  bool is_bfloat16, T* __restrict__ result) {
   const int64_t element = int64_t(blockIdx.x) * kMaxWarps + threadIdx.x / kWarp;
   if (element >= weight.numel()) return;
   // kGroup loads in flight, and a sum of sums: large planes of few channels have many parts.
@@ -193,7 +198,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     sum += group;
   }
   sum = sum_of_warp(sum);
-  if (threadIdx.x % kWarp == 0) weight_at(weight, result, element) = convert<T>(sum);
+  if (threadIdx.x % kWarp == 0) set(weight_at(weight, result, element), sum, is_bfloat16);
 }
 
 // Coordinates are int: a side times the stride plus a kernel must fit.
@@ -237,12 +242,14 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
   const auto stream = static_cast<cudaStream_t>(execution.stream);
   const auto result = static_cast<T*>(operands.weight);
   const auto partial = static_cast<float*>(execution.workspace);
+  const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   int64_t parts = 0;
   if (p.output.numel() > 0) {
     const Tiling t = tiling_for<Sums>(p, *execution.device, execution.workspace_bytes);
-    const Gradient gradient{Window(p), Planes(p.input), Planes(p.output),
-                            p.weight,  int(p.batch()),  int(p.group_out_channels()),
-                            t};
+    const Gradient gradient{Window(p),        Planes(p.input),
+                            Planes(p.output), p.weight,
+                            int(p.batch()),   int(p.group_out_channels()),
+                            is_bfloat16,      t};
     parts = t.parts();
     const auto kernel = sums_kernel<Sums, T>;
     CONVOPS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -254,7 +261,7 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
   }
   if (parts == 1) return;
   launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kMaxWarps), kMaxThreads, execution,
-               p.weight, static_cast<const float*>(partial), parts, result);
+               p.weight, static_cast<const float*>(partial), parts, is_bfloat16, result);
 }
 
 class DepthwiseWeight final : public Algorithm {
@@ -327,16 +334,10 @@ class DepthwiseWeight final : public Algorithm {
         Window(p),
         [&](auto tag) {
           using S = typename decltype(tag)::Sums;
-          switch (p.dtype) {
-            case DType::kFloat32:
-              launch<S, float>(p, operands, execution);
-              break;
-            case DType::kFloat16:
-              launch<S, __half>(p, operands, execution);
-              break;
-            default:
-              launch<S, __nv_bfloat16>(p, operands, execution);
-          }
+          if (p.dtype == DType::kFloat32)
+            launch<S, float>(p, operands, execution);
+          else
+            launch<S, Half>(p, operands, execution);
           return true;
         },
         AllSums{});

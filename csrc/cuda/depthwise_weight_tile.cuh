@@ -12,6 +12,24 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 128, kMaxWarps = kMaxThreads / kWarp;
 constexpr int kVector = 4;  // floats of a 16-byte read: columns of a strip
 
+// float16 or bfloat16: every element is converted once, so which of them is a question at run time,
+// and half as many kernels do.
+struct Half {
+  uint16_t bits;
+};
+__device__ __forceinline__ float to_float(float value, bool) { return value; }
+__device__ __forceinline__ float to_float(Half value, bool is_bfloat16) {
+  return is_bfloat16 ? convert<float>(reinterpret_cast<__nv_bfloat16&>(value))
+                     : convert<float>(reinterpret_cast<__half&>(value));
+}
+__device__ __forceinline__ void set(float& element, float value, bool) { element = value; }
+__device__ __forceinline__ void set(Half& element, float value, bool is_bfloat16) {
+  if (is_bfloat16)
+    reinterpret_cast<__nv_bfloat16&>(element) = convert<__nv_bfloat16>(value);
+  else
+    reinterpret_cast<__half&>(element) = convert<__half>(value);
+}
+
 struct Split {
   int quotient, remainder;
 };
@@ -96,6 +114,7 @@ struct Gradient {
   Planes input, grad;
   Tensor4 weight;
   int batch, multiplier;
+  bool is_bfloat16;
   Tiling tiling;
 };
 
@@ -281,11 +300,12 @@ struct Copies {
     }
   }
 
+  template <typename Element>
   __device__ __forceinline__ void convert_raw(int images, char* shared) const {
     const int count = columns;
     const auto load = [&](int from) { return *reinterpret_cast<const uint32_t*>(shared + from); };
     const auto store = [&](uint32_t pair, int to, int unit) {
-      T values[2];
+      Element values[2];
       memcpy(values, &pair, sizeof pair);
       float* place = reinterpret_cast<float*>(shared + to);
       place[0] = convert<float>(values[0]);

@@ -249,8 +249,8 @@ __device__ __forceinline__ void store_cells(const Grouped& g, const RowSums<Taps
 // Blocks of a multiprocessor: as many as registers allow without spills.
 template <typename Taps, int kProducts, int kTiles>
 constexpr int kResidentBlocks = 4 - (kProducts > 1) - (kTiles > 1 || Taps::kPhases > 1);
-// ptxas spills for sm_120 unless it may plan with one fewer.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+// ptxas spills for sm_120 unless it may plan with one fewer; not from the PTX of sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kSpareBlocks = 1;
 #else
 constexpr int kSpareBlocks = 0;
