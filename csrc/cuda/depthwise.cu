@@ -296,10 +296,12 @@ class Depthwise final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted to an H200. Copies into shared memory cost instructions: most for small planes, whose
-    // halos weigh more, and at a stride, where threads read far apart.
+    // halos weigh more, and at a stride, where threads read far apart. A block's own time counts
+    // where there are few: its taps, and what half words bring along.
     constexpr double kBandwidthFraction = 0.8, kFixedFraction = 0.45, kGenericFraction = 0.05;
     constexpr double kCopiesPerSecond = 4.5e9, kStridedCopiesPerSecond = 1.3e9;  // a multiprocessor
-    constexpr double kLaunchSeconds = 8e-6;
+    constexpr double kLaunchSeconds = 6e-6, kTapSeconds = 60e-9, kHalfWordsSeconds = 1e-6;
+    constexpr int64_t kMostTaps = 49;  // of a compiled kernel
     const bool fixed = with_shape(p, nullptr, [](auto) {}, AllShapes{});
     const bool strided = !is_backward(p) && p.stride.w > 1;
     const Tile tile = parameters_of(p, nullptr, nullptr, device.processors).tile;
@@ -313,7 +315,10 @@ class Depthwise final : public Algorithm {
     const double memory = p.bytes() / (device.bandwidth * kBandwidthFraction);
     const double fma =
         p.flops() / (device.fp32_flops * (fixed ? kFixedFraction : kGenericFraction));
-    return std::max(memory, fma + copies / (rate * device.processors)) + kLaunchSeconds;
+    const int64_t taps = std::min(p.kernel().h * p.kernel().w, kMostTaps);
+    const bool half_words = tile.copy_words == 1 && element_size(p.dtype) == 2;
+    return std::max(memory, fma + copies / (rate * device.processors)) + kLaunchSeconds +
+           double(taps) * kTapSeconds + (half_words ? kHalfWordsSeconds : 0);
   }
 
   WorkspaceRange workspace(const ConvProblem&, const Device&) const override { return {0, 0}; }

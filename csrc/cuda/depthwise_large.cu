@@ -363,10 +363,12 @@ class DepthwiseLarge final : public Algorithm {
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted on an H200. To stage and store an element takes as long as so many FMAs at the peak,
     // more where it does not go with three others; the products, those with zeros of a core's tiles
-    // included, reach these shares of it. An element of a block alone takes kElementSeconds.
+    // included, reach these shares of it. A block's elements take kElementSeconds each, its
+    // threads, where they wait for tensor cores, kThreadSeconds; then the next wave begins.
     constexpr double kElementFmas = 90, kLoneElementFmas = 220, kFmaShare = 0.7, kMmaShare = 4;
-    constexpr double kElementSeconds = 1.2e-9;
-    constexpr double kLaunchSeconds = 6.7e-6, kHalfLaunchSeconds = 7.8e-6, kSecondLaunch = 3e-6;
+    constexpr double kElementSeconds = 0.85e-9, kThreadSeconds = 13e-9;
+    constexpr int64_t kResidentThreads = 1024;
+    constexpr double kLaunchSeconds = 6.7e-6, kHalfLaunchSeconds = 6e-6, kSecondLaunch = 3e-6;
     // Columns apart: a sector of memory for each element.
     const double apart = p.input.stride[3] == 1 && p.output.stride[3] == 1 ? 1 : 8;
     const bool tensor_cores = p.dtype != DType::kFloat32;
@@ -383,7 +385,12 @@ class DepthwiseLarge final : public Algorithm {
     const double fmas = p.flops() / 2 * columns * taps / (tensor_cores ? kMmaShare : kFmaShare) +
                         elements * (in_fours ? kElementFmas : kLoneElementFmas) * apart;
     const double of_a_block = elements / double(std::max<int64_t>(1, cut.blocks()));
-    return std::max(fmas / (device.fp32_flops / 2), of_a_block * kElementSeconds) +
+    const int64_t resident =
+        device.processors * (kResidentThreads / std::max<int64_t>(kWarp, cut.threads));
+    const double waves = double(ceil_divide(cut.blocks(), resident));
+    const double threads = tensor_cores ? waves * double(cut.threads) : 0;
+    return std::max({fmas / (device.fp32_flops / 2), of_a_block * kElementSeconds,
+                     threads * kThreadSeconds}) +
            (tensor_cores ? kHalfLaunchSeconds : kLaunchSeconds) +
            (sum && cut.work.chunks > 1 ? kSecondLaunch : 0);
   }

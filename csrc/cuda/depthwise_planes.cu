@@ -342,7 +342,7 @@ class DepthwisePlanes final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted to an H200. Copies, sums and stores of a block follow one another: their times add up.
-    constexpr double kBandwidthFraction = 0.8, kFlopsFraction = 0.7, kLaunchSeconds = 4.5e-6;
+    constexpr double kBandwidthFraction = 0.8, kFlopsFraction = 0.7, kLaunchSeconds = 5.1e-6;
     return p.bytes() / (device.bandwidth * kBandwidthFraction) +
            p.flops() / (device.fp32_flops * kFlopsFraction) + kLaunchSeconds;
   }

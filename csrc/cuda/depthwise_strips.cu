@@ -292,20 +292,34 @@ class DepthwiseStrips final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // Shares of the two peaks that streaming and the loads from L1 allow on an H200. float64 runs
-    // at half rate, and so does a stride, whose lanes read far apart; 16-bit elements are loads and
-    // conversions too many, at a stride most of all; lanes along channels share no loads.
-    constexpr double kBandwidthFraction = 0.65, kFlopsFraction = 0.14;
-    constexpr double kAcrossBandwidthFraction = 0.55, kAcrossSlower = 2.1;
-    constexpr double kLaunchSeconds = 5e-6, kHalfLaunchSeconds = 8e-6;
-    const bool half = element_size(p.dtype) == 2, across = channels_dense(p.input);
-    double slower = half && p.stride.w > 1 ? 5 : 2;
-    if (p.dtype == DType::kFloat32 && p.stride.w == 1) slower = 1;
-    if (across) slower *= kAcrossSlower;
-    const double rate = device.fp32_flops * kFlopsFraction / slower;
+    // Fitted to an H200: shares of the two peaks, and a thread's loads one after the other where
+    // too few others hide them. 16-bit elements cost by their loads, which are converted: each its
+    // issue and that of its kH products. Lanes along channels share no loads, at a stride they read
+    // far apart, float64 runs at half rate: so many times as slow.
+    constexpr double kBandwidthFraction = 0.65, kAcrossBandwidthFraction = 0.55;
+    constexpr double kFlopsFraction = 0.134, kSlower = 1.7;
+    constexpr double kHalfIssueFlops = 39, kHalfProductFlops = 12;
+    constexpr double kLoadSeconds = 8.7e-9, kHalfLoadSeconds = 50e-9, kLaunchSeconds = 4.8e-6;
+    const bool half = element_size(p.dtype) == 2;
+    const bool across = channels_dense(p.input);
     const double share = across ? kAcrossBandwidthFraction : kBandwidthFraction;
-    return std::max(p.bytes() / (device.bandwidth * share), p.flops() / rate) +
-           (half ? kHalfLaunchSeconds : kLaunchSeconds);
+    double slower = across ? kSlower : 1;
+    if (p.stride.w > 1) slower *= kSlower;
+    const Tensor4& result = p.result();
+    const int64_t strips = std::max<int64_t>(1, ceil_divide(result.size[2], kRows));
+    // Of a column: those of its strips' rows that are inside of the plane.
+    const bool backward = p.direction == Direction::kBackwardInput;
+    const int64_t padding = backward ? p.kernel().h - 1 - p.padding.h : p.padding.h;
+    const int64_t rows =
+        (result.size[2] - strips) * p.stride.h + strips * p.kernel().h - 2 * padding;
+    const double loads = double(std::max(rows, strips) * p.kernel().w);
+    const double chain = loads / double(strips) * (half ? kHalfLoadSeconds : kLoadSeconds) * slower;
+    const double columns = double(result.size[0] * result.size[1] * result.size[3]);
+    const double each = kHalfIssueFlops + double(p.kernel().h) * kHalfProductFlops;
+    if (p.dtype == DType::kFloat64) slower *= kSlower;
+    const double work = slower * (half ? columns * loads * each : p.flops() / kFlopsFraction);
+    return kLaunchSeconds + chain +
+           std::max(work / device.fp32_flops, p.bytes() / (device.bandwidth * share));
   }
 
   WorkspaceRange workspace(const ConvProblem&, const Device&) const override { return {0, 0}; }

@@ -303,16 +303,22 @@ class DepthwiseWeight final : public Algorithm {
     // they are even, 16-bit elements converted. A run-time shape is bound by reads of shared
     // memory.
     constexpr double kElementFmas = 4, kPaddedFmas = 23, kEvenFmas = 12, kHalfFmas = 19;
-    constexpr double kFlopsFraction = 0.7, kWarpFlopsFraction = 0.1, kStartSeconds = 8.5e-6;
+    constexpr double kFlopsFraction = 0.7, kWarpFlopsFraction = 0.1;
+    // Of a problem that is too small for all of that: a block's sums, conversions, both launches.
+    constexpr double kStartSeconds = 6.5e-6, kTapSeconds = 50e-9, kHalfSeconds = 1.2e-6;
+    constexpr double kReductionSeconds = 2e-6;
     const bool fixed =
         with_sums(Window(p), [](auto tag) { return decltype(tag)::Sums::kFixed; }, AllSums{});
     const bool half = p.dtype != DType::kFloat32;
+    const bool reduces = workspace(p, device).wanted > 0;
+    const double start = kStartSeconds + double(p.kernel().h * p.kernel().w) * kTapSeconds +
+                         (half ? kHalfSeconds : 0) + (reduces ? kReductionSeconds : 0);
     double element = kElementFmas + (half ? kHalfFmas : 0);
     if (p.padding.w > 0) element += Window(p).even_rows && !half ? kEvenFmas : kPaddedFmas;
     const double elements = double(p.input.numel()) + double(p.output.numel());
     const double flops =
         2 * element * elements + p.flops() / (fixed ? kFlopsFraction : kWarpFlopsFraction);
-    return p.bytes() / device.bandwidth + flops / device.fp32_flops + kStartSeconds;
+    return p.bytes() / device.bandwidth + flops / device.fp32_flops + start;
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {

@@ -281,10 +281,11 @@ class GroupedConv final : public Algorithm {
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted to measurements on an H200: a step's seconds if its warp is alone, and what each of a
     // multiprocessor's blocks adds for the copies it starts, the columns it splits and the
-    // products; the share of the bandwidth that is reached.
-    constexpr double kStepSeconds = 0.02e-6, kCopySeconds = 29e-9, kColumnSeconds = 11e-9;
-    constexpr double kMmaSeconds = 3.3e-9;
-    constexpr double kBandwidthShare = 0.52, kLaunchSeconds = 4.3e-6;
+    // products, and after a row's last step for its results, which go in pieces like the copies;
+    // the share of the bandwidth that is reached.
+    constexpr double kStepSeconds = 94e-9, kCopySeconds = 9e-9, kColumnSeconds = 9.4e-9;
+    constexpr double kMmaSeconds = 2.7e-9, kStoreSeconds = 37e-9;
+    constexpr double kBandwidthShare = 0.51, kLaunchSeconds = 3.8e-6;
     if (p.result().numel() == 0) return kLaunchSeconds;
     double seconds = 0;
     with_kernel(p, [&](auto taps, auto products) {
@@ -297,8 +298,9 @@ class GroupedConv final : public Algorithm {
       const double step =
           kStepSeconds + d.blocks_per_processor * (copies * kCopySeconds +
                                                    kColumns * kColumnSeconds + mmas * kMmaSeconds);
-      seconds = std::max(d.row_waves * double(d.steps) * step,
-                         p.bytes() / (device.bandwidth * kBandwidthShare));
+      const double stores = double(d.tiles * Taps::kPhases * Taps::kPhases) * copies;
+      const double row = double(d.steps) * step + d.blocks_per_processor * stores * kStoreSeconds;
+      seconds = std::max(d.row_waves * row, p.bytes() / (device.bandwidth * kBandwidthShare));
     });
     return seconds + kLaunchSeconds;
   }
