@@ -307,7 +307,7 @@ LARGE_KERNELS = [
 
 # Depthwise convolutions that channels_last tensors of are tested, too: channels past and short of a
 # warp's, and not a multiple of 16 or 4 bytes; tiles past the last column and row, strips; padding
-# that is odd, none, and past the kernel.
+# that is odd, none, and past the kernel; more products than small patches are for.
 CHANNELS_LAST = [
     Problem("channels_of_8", 2, 8, 15, 14, 8, (3, 3), padding=(1, 1), groups=8, bias=True),
     Problem("channels_of_33", 3, 33, 9, 7, 33, (5, 5), padding=(2, 2), groups=33, bias=True),
@@ -318,6 +318,8 @@ CHANNELS_LAST = [
     Problem("channels_5x5_s2", 2, 35, 20, 37, 35, (5, 5), (2, 2), (2, 2), groups=35),
     Problem("channels_7x7_s2", 1, 72, 150, 21, 72, (7, 7), (2, 2), (3, 3), groups=72),
     Problem("channels_unpadded_s2", 2, 64, 7, 131, 64, (7, 7), (2, 2), groups=64, bias=True),
+    Problem("channels_3x3_many", 9, 96, 31, 33, 96, (3, 3), padding=(1, 1), groups=96, bias=True),
+    Problem("channels_3x3_s2_many", 9, 96, 61, 65, 96, (3, 3), (2, 2), (1, 1), groups=96),
     Problem("channels_7x7_strips", 1, 96, 56, 56, 96, (7, 7), padding=(3, 3), groups=96),
 ]
 

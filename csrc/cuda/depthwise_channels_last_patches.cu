@@ -205,9 +205,11 @@ Patches which_patches(const ConvProblem& p, const Device& device) {
   if (p.flops() <= 2 * kFewProducts * device.processors &&
       with_window(p, nothing, SmallPatches<float>{}))
     return Patches::kSmall;
-  // Of 16 bits walks are faster.
-  return p.dtype == DType::kFloat32 && with_window(p, nothing, LargePatches{}) ? Patches::kLarge
-                                                                               : Patches::kNone;
+  // Of 16 bits walks are faster, and of backward-input of stride 1, whose loads ptxas makes wait.
+  const bool waits = Pixels::backward(p) && p.stride.h == 1;
+  return p.dtype == DType::kFloat32 && !waits && with_window(p, nothing, LargePatches{})
+             ? Patches::kLarge
+             : Patches::kNone;
 }
 
 bool run_patches(const ConvProblem& p, const Operands& operands, const Execution& execution) {
