@@ -39,12 +39,13 @@ OTHERS = ["depthwise", "depthwise_strips", "depthwise_planes", "depthwise_weight
 OTHERS += ["depthwise_large", "depthwise_channels_last", "depthwise_channels_last_warps"]
 OTHERS += ["depthwise_channels_last_patches", "depthwise_channels_last_weight"]
 OTHERS += ["depthwise_channels_last_weight_registers", "grouped", "grouped_weight"]
-OTHERS += ["weight_parts"]
+OTHERS += ["weight_parts", "implicit_gemm_weight_sm90"]
+OTHERS_HOST = [CSRC / "cuda/implicit_gemm_weight.cpp"]
 
 DONE = "done"  # a file that is there when everything is compiled
 
 # The programs' own files; all others of tests/simulation/ are of both.
-GEMM_OWN = ["main", "check", "convolution", "plans", "copy_engine", "tensor_cores"]
+GEMM_OWN = ["main", "check", "convolution", "plans"]
 OTHERS_OWN = ["algorithms", "problems", "definition", "memory", "fragments"]
 
 
@@ -110,7 +111,7 @@ def compile_programs(directory: Path) -> Path:
     jobs = {name: ("-O1", translated / f"{name}.cpp") for name in [*OTHERS, *GEMM]}
     for name, (_, path) in jobs.items():
         translate(CSRC / f"cuda/{name}.cu", path)
-    sources = [*sorted(SIMULATION.glob("*.cpp")), *GEMM_HOST, CSRC / "problem.cpp"]
+    sources = [*sorted(SIMULATION.glob("*.cpp")), *GEMM_HOST, *OTHERS_HOST, CSRC / "problem.cpp"]
     jobs |= {source.stem: ("-O3", source) for source in sources}
 
     def compile_one(name: str) -> None:
@@ -119,8 +120,8 @@ def compile_programs(directory: Path) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, jobs))
-    gemm = {*GEMM, *GEMM_OWN, *(source.stem for source in GEMM_HOST)}
-    others = {*OTHERS, *OTHERS_OWN}
+    gemm = {*GEMM, *GEMM_OWN, *(source.stem for source in GEMM_HOST)} - {"implicit_gemm_cells"}
+    others = {*OTHERS, *OTHERS_OWN, *(source.stem for source in OTHERS_HOST)}
     for program, leave in {"simulate": others, "algorithms": gemm}.items():
         objects = [directory / f"{name}.o" for name in jobs if name not in leave]
         compile_with(*objects, "-o", directory / program)
@@ -193,7 +194,7 @@ CASES = {
     **{"depthwise": 1000, "depthwise_strips": 1000, "depthwise_planes": 600},
     **{"depthwise_weight": 1200},
     **{"depthwise_large": 800, "depthwise_channels_last": 600},
-    **{"grouped": 600, "grouped_weight": 500},
+    **{"grouped": 600, "grouped_weight": 500, "implicit_gemm_weight": 150},
 }
 # How many of them must be of a kind (count_kinds in algorithms.cpp): of every algorithm, as a share
 # of its cases; of some, in numbers. "kernels" counts different ones: all or nearly all there are.
@@ -215,6 +216,7 @@ LEAST_CASES = {
     "depthwise_channels_last": {**HALVES, **PIXELS, **PARTS, "kernels": 58},
     "grouped": {**PIXELS, "kernels": 20},
     "grouped_weight": {**PARTS, "kernels": 7},
+    "implicit_gemm_weight": {"least_workspace": 15, "many_images": 3, "kernels": 7},
 }
 
 

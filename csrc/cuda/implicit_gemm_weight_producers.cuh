@@ -29,11 +29,11 @@ class Loader {
     if (row_.done()) return;
     uint64_t* const full = &header.raw_full[stage_.index];
     ptx::barrier_wait(&header.raw_empty[stage_.index], stage_.parity ^ 1);
-    ::cuda::ptx::mbarrier_arrive_expect_tx(::cuda::ptx::sem_release, ::cuda::ptx::scope_cta,
-                                           ::cuda::ptx::space_shared, full, T::kRawBytes);
+    ptx::expect_bytes(full, T::kRawBytes);
     const int kind = row_.y % g.row_kinds;
     const int32_t at[4] = {row_.x, row_.y / g.row_kinds, channel_, row_.image};
     ptx::copy_box(raw + stage_.index * T::kRawBytes, &operands.maps[kind], at, full);
+    ptx::barrier_arrive(full);
     stage_.next();
     row_.next(g);
   }

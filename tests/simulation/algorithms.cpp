@@ -34,6 +34,7 @@ const std::map<std::string, Make> kAlgorithms{
     {"depthwise_channels_last", cuda::make_depthwise_channels_last},
     {"grouped", cuda::make_grouped},
     {"grouped_weight", cuda::make_grouped_weight},
+    {"implicit_gemm_weight", cuda::make_implicit_gemm_weight},
 };
 
 // What a case has besides its problem.

@@ -36,6 +36,9 @@ Window random_window(Random& random, const std::string& algorithm) {
     return square(one_of<int>(random, {3, 5, 7}), random.between(1, 2));
   if (algorithm.starts_with("grouped"))
     return one_of<Window>(random, {square(3, 1), square(3, 2), square(1, 1)});
+  if (algorithm == "implicit_gemm_weight")
+    return {random.between(1, 7), random.between(1, 9), 1, 1,
+            random.between(1, 3), random.between(1, 3)};
   if (algorithm != "depthwise_strips" && random.one_in(3)) return any_window(random, 7, 4, 4);
   return one_of<Window>(
       random, {square(3, 1), square(5, 1), square(7, 1), square(3, 2), square(5, 2), square(7, 2),
@@ -56,6 +59,10 @@ Channels random_channels(Random& random, const std::string& algorithm) {
     if (c.in == 1 && c.out == 1) c.out = 2;
     return c;
   }
+  // Short of and beyond a block's 8 or 16, and 64 or 128.
+  if (algorithm == "implicit_gemm_weight")
+    return {random.one_in(3) ? 2 : 1, one_of<int>(random, {2, 5, 8, 16, 19}),
+            one_of<int>(random, {3, 16, 64, 70, 130})};
   // Channels short of and beyond a block's 32 or 64.
   if (algorithm == "depthwise_channels_last")
     return {one_of<int>(random, {1, 2, 3, 8, 31, 32, 33, 40, 64, 66, 96, 130}), 1, 1};
@@ -130,12 +137,14 @@ int64_t extent(const Tensor4& t) {
 
 ConvProblem random_problem(Random& random, const std::string& algorithm) {
   const int64_t most_products = random.one_in(8) ? 2'000'000 : 300'000;
+  const bool segments = algorithm == "implicit_gemm_weight";  // of rows: some of many columns
   ConvProblem p;
   std::memset(&p, 0, sizeof p);
   p.direction = Direction(random.between(0, 2));
   p.dtype = one_of<DType>(random, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
   if (algorithm.ends_with("weight")) p.direction = Direction::kBackwardWeight;
-  if (algorithm.starts_with("grouped") || algorithm == "depthwise_planes")
+  if (algorithm.starts_with("grouped") || algorithm.starts_with("implicit") ||
+      algorithm == "depthwise_planes")
     p.dtype = DType::kFloat32;
   if (algorithm == "depthwise_strips" && random.one_in(4)) p.dtype = DType::kFloat64;
   if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips" ||
@@ -154,7 +163,7 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
     const Side h = random_side(random, window.kh, window.stride_h, window.dilation_h,
                                random.one_in(12) ? 160 : most);
     const Side w = random_side(random, window.kw, window.stride_w, window.dilation_w,
-                               random.one_in(8) ? 400 : most);
+                               random.one_in(8 - 6 * segments) ? 400 : most);
     const bool dense = random.one_in(3);
     const std::vector<int> order = random_order(random, algorithm);
     const auto layout = [&](const int64_t (&size)[4], Direction writes) {

@@ -14,8 +14,11 @@ constexpr int kMostColumns = 256;
 struct Warpgroup {
   Meeting meeting;
   float* d[kThreads];
-  uint32_t a, b;
+  uint32_t operands[2];         // descriptors, or their words
+  uint32_t pairs[kThreads][4];  // of A in registers
 };
+Warpgroup warpgroups[8];
+float left[kDepth][kMostColumns], right[kDepth][kMostColumns];
 
 // Of all halves: to convert them one by one would take most of the time.
 const std::vector<float>& halves() {
@@ -47,22 +50,47 @@ void read_operand(uint32_t descriptor, int rows, float (*values)[kMostColumns]) 
   }
 }
 
-}  // namespace
+// Element k of all columns: eight columns are a cell's, k's follow each other in eights.
+void read_cells(uint32_t low, uint32_t high, int columns) {
+  const uint32_t begin = (low & 0x3fff) * 16, eights = (low >> 16 & 0x3fff) * 16;
+  const uint32_t plane = (high & 0x3fff) * 16;
+  if (begin + eights + (columns / kOctet - 1) * plane + kOctet * 16 > uint32_t(shared_bytes))
+    fail("an operand ends behind the memory");
+  for (int k = 0; k < kDepth; ++k)
+    for (int i = 0; i < columns; ++i) {
+      uint16_t bits;
+      std::memcpy(&bits,
+                  shared_memory + begin + k / kOctet * eights + k % kOctet * 16 +
+                      i / kOctet * plane + i % kOctet * 2,
+                  2);
+      right[k][i] = halves()[bits];
+    }
+}
 
-void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate) {
-  static Warpgroup warpgroups[8];
-  static float left[kDepth][kMostColumns], right[kDepth][kMostColumns];
+// Of a lane four pairs of k's: two rows, then 8 k's further.
+void read_pairs(const Warpgroup& group) {
+  for (int thread = 0; thread < kThreads; ++thread)
+    for (int i = 0; i < 8; ++i) {
+      const int pair = i / 2, lane = thread % kWarp;
+      const int row = thread / kWarp * 16 + lane / 4 + pair % 2 * 8;
+      const int k = lane % 4 * 2 + i % 2 + pair / 2 * 8;
+      left[k][row] = halves()[uint16_t(group.pairs[thread][pair] >> i % 2 * 16)];
+    }
+}
+
+// What all threads do together when the last one comes; `read` fills both operands.
+template <typename Read>
+void multiply_together(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, Read read) {
   Warpgroup& group = warpgroups[thread_index() / kThreads];
-  const int thread = thread_index() % kThreads;
   if (group.meeting.arrived == 0) {
-    group.a = a;
-    group.b = b;
+    group.operands[0] = a;
+    group.operands[1] = b;
   }
-  if (group.a != a || group.b != b) fail("threads of a warpgroup multiply different operands");
-  group.d[thread] = d;
+  if (group.operands[0] != a || group.operands[1] != b)
+    fail("threads of a warpgroup multiply different operands");
+  group.d[thread_index() % kThreads] = d;
   if (group.meeting.arrived == kThreads - 1) {
-    read_operand(a, kRows, left);
-    read_operand(b, columns, right);
+    read(group);
     for (int row = 0; row < kRows; ++row) {
       float sums[kMostColumns] = {};
       for (int k = 0; k < kDepth; ++k)
@@ -76,6 +104,24 @@ void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate) {
     }
   }
   meet(group.meeting, kThreads);
+}
+
+}  // namespace
+
+void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate) {
+  multiply_together(d, columns, a, b, accumulate, [&](const Warpgroup&) {
+    read_operand(a, kRows, left);
+    read_operand(b, columns, right);
+  });
+}
+
+void multiply_cells(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,
+                    bool accumulate) {
+  std::memcpy(warpgroups[thread_index() / kThreads].pairs[thread_index() % kThreads], a, sizeof a);
+  multiply_together(d, columns, low, high, accumulate, [&](const Warpgroup& group) {
+    read_pairs(group);
+    read_cells(low, high, columns);
+  });
 }
 
 }  // namespace simulation

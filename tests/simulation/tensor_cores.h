@@ -9,4 +9,8 @@ namespace simulation {
 // and b: of each operand's descriptor the lower word. All threads meet, then everything is done.
 void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate);
 
+// The same with the thread's pairs of A, and B in cells, of which these are the descriptor's words.
+void multiply_cells(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,
+                    bool accumulate);
+
 }  // namespace simulation

@@ -93,6 +93,11 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   for (const uint32_t other : simulation::exchange(value)) most = max(most, other);
   return most;
 }
+inline int __reduce_add_sync(unsigned, int value) {
+  int sum = 0;
+  for (const uint32_t other : simulation::exchange(uint32_t(value))) sum += int(other);
+  return sum;
+}
 inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
   return ~__reduce_max_sync(~0u, ~value);
 }
@@ -121,6 +126,10 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
   simulation::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
   return cudaSuccess;
 }
 // The driver's functions are found by their names: copy_engine.cpp has the only one.

@@ -25,4 +25,18 @@ void wgmma(float (&d)[kRegisters], Matrix a, Matrix b, int accumulate) {
   simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0);
 }
 
+// The words of a descriptor, as there.
+struct Cells {
+  uint32_t low, high;
+
+  Cells operator+(int cells) const { return {low + cells, high}; }
+};
+inline Cells cells(uint32_t address, uint32_t plane) {
+  return {(address & 0x3ffff) >> 4 | 128 >> 4 << 16, plane >> 4};
+}
+template <int kRegisters>
+void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], Cells b, int accumulate) {
+  simulation::multiply_cells(d, 2 * kRegisters, a, b.low, b.high, accumulate != 0);
+}
+
 }  // namespace convops::cuda::ptx
