@@ -241,17 +241,6 @@ __device__ __forceinline__ Scale choose_stage_scale(const float* thread_max, con
   return scale;
 }
 
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  const __half2 halves = __floats2half2_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&halves);
-}
-
-// What rounding left over.
-__device__ __forceinline__ uint32_t pack_rest(float a, float b, uint32_t rounded) {
-  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&rounded));
-  return pack(a - high.x, b - high.y);
-}
-
 // Four of the sum's elements of a cell. Phases of a row, kRun of them, are aligned neighbours, and
 // where they lie is in `offsets`; without phases (kRun = 0) elements are `pitch` apart.
 template <int kRun>

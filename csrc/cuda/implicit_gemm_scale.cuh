@@ -1,5 +1,8 @@
-// How implicit_gemm brings numbers into fp16's range: by a power of two for all that share a scale.
+// How implicit_gemm makes fp16 of numbers: by a power of two for all that share a scale, and in two
+// parts.
 #pragma once
+
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -7,6 +10,8 @@ namespace convops::cuda::implicit_gemm {
 
 // Scaled, the largest magnitude m has 2^14 ≤ m < 2^15.
 constexpr int kLargestExponent = 14;
+// What 1 stands for where the largest magnitude is 1 to 2.
+constexpr float kHalfUnit = 0x1p-14f;
 
 struct Scale {
   float factor;     // what numbers are multiplied with
@@ -28,6 +33,17 @@ __device__ __forceinline__ Scale choose_scale(uint32_t largest) {
   exponent |= kStep - 1;
   return {__uint_as_float(unsigned(kBias + kLargestExponent - exponent) << kMantissaBits),
           __uint_as_float(unsigned(kBias + exponent) << kMantissaBits), true};
+}
+
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  const __half2 halves = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&halves);
+}
+
+// What rounding left over.
+__device__ __forceinline__ uint32_t pack_rest(float a, float b, uint32_t rounded) {
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&rounded));
+  return pack(a - high.x, b - high.y);
 }
 
 }  // namespace convops::cuda::implicit_gemm

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/implicit_gemm.h"
+#include "cuda/implicit_gemm_scale.cuh"
 
 namespace convops::cuda::implicit_gemm {
 
@@ -17,9 +18,9 @@ constexpr int kFirstConverter = kConsumerThreads + 2 * kWarp;  // after streamer
 // not be promoted in between.
 constexpr int kScaleStep = 4;
 
-// What 1 stands for where the largest magnitude is 1 to 2; and 1 of the sums of two such operands,
-// which are kept as if the row's largest weight were 1 to 2.
-constexpr float kHalfUnit = 0x1p-14f, kSumUnit = 0x1p-28f;
+// What 1 of the sums of two operands stands for whose largest magnitudes are 1 to 2: they are kept
+// as if the row's largest weight were.
+constexpr float kSumUnit = kHalfUnit * kHalfUnit;
 
 template <int kProducts_, int kRowTile_, int kColumns_>
 struct Traits {

@@ -2,8 +2,6 @@
 // the input → sums of all taps, in registers from the first row to the last.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include "cuda/implicit_gemm_weight_stages.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"

@@ -2,19 +2,11 @@
 // input → cells of fp16.
 #pragma once
 
-#include <cuda_fp16.h>
-
-#include "cuda/implicit_gemm_scale.cuh"
 #include "cuda/implicit_gemm_weight_stages.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 
 namespace convops::cuda::implicit_gemm_weight {
-
-using implicit_gemm::choose_scale;
-using implicit_gemm::Scale;
-
-constexpr float kHalfUnit = 0x1p-14f;  // what 1 stands for where the largest is 1 to 2
 
 // Copies boxes of out channels × pixels of a row, zeros outside of the tensor.
 template <typename T>

@@ -4,12 +4,18 @@
 
 #include <cstdint>
 
+#include "cuda/implicit_gemm_scale.cuh"
 #include "cuda/implicit_gemm_weight.h"
 
 namespace convops::cuda::implicit_gemm_weight {
 
+using implicit_gemm::choose_scale;
+using implicit_gemm::kHalfUnit;
+using implicit_gemm::pack;
+using implicit_gemm::pack_rest;
+using implicit_gemm::Scale;
+
 constexpr int kWarp = 32;
-constexpr int kWarpgroup = 4 * kWarp;
 // Warps that multiply, that find grad_output's scales, of which one thread loads it too, and that
 // convert the input.
 constexpr int kConsumerWarps = 8, kScalerWarps = 4, kConverterWarps = 4;
@@ -145,15 +151,5 @@ struct Stage {
     parity ^= 1;
   }
 };
-
-// fp16 in pairs, and what rounding left over.
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  const __half2 halves = __floats2half2_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&halves);
-}
-__device__ __forceinline__ uint32_t pack_rest(float a, float b, uint32_t rounded) {
-  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&rounded));
-  return pack(a - high.x, b - high.y);
-}
 
 }  // namespace convops::cuda::implicit_gemm_weight

@@ -7,7 +7,9 @@
 namespace convops::cuda {
 
 // Launches a kernel that calls ptx::wait_for_prerequisites() before it reads what the kernel before
-// it wrote: its blocks may come onto the device while those of that one end, which saves 2 µs.
+// it wrote: its blocks may come onto the device while those of that one end, which saves 2 µs. On
+// Hopper: what later architectures run is compiled from the oldest's PTX (setup.py), and cannot
+// wait.
 template <typename... Parameters, typename... Arguments>
 void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads,
                   const Execution& execution, const Arguments&... arguments) {
@@ -19,7 +21,7 @@ void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads,
   config.blockDim = dim3(unsigned(threads));
   config.stream = static_cast<cudaStream_t>(execution.stream);
   config.attrs = &early;
-  config.numAttrs = execution.device->compute_capability >= 90 ? 1 : 0;
+  config.numAttrs = execution.device->compute_capability == 90 ? 1 : 0;
   CONVOPS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
