@@ -321,6 +321,8 @@ WEIGHT_DATA: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "positive": lambda x, dy: (x.abs(), dy.abs()),
     "relu": lambda x, dy: (x.clamp(min=0), dy),
     "large_and_small": lambda x, dy: (x * 1e30, dy * 1e-30),
+    # Whose products are ordinary numbers, but not those of what fp16 resolves of each.
+    "both_small": lambda x, dy: (x * 2.0**-62, dy * 2.0**-60),
     "lognormal": lambda x, dy: (x.sign() * (3 * torch.randn_like(x)).exp(), dy),
     "channels": lambda x, dy: (x * 10 ** torch.linspace(-3, 3, x.shape[1])[:, None, None], dy),
     "grad_channels": lambda x, dy: (

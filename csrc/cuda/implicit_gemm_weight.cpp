@@ -18,8 +18,6 @@
 namespace convops::cuda {
 namespace {
 
-// Cells that a row of the input has besides a stage's pixels.
-constexpr int kReach = 8;
 // A thread adds the sums of so many rows at most, one after the other: that bounds the rounding
 // error of large batches. A share of fewer rows is not worth a block's start.
 constexpr int64_t kMostRows = 4096, kFewestRows = 8;
@@ -38,7 +36,6 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   g.groups = int(p.groups);
   g.channels = int(p.group_in_channels());
   g.out_channels = int(p.group_out_channels());
-  g.batch = int(p.batch());
   g.height = int(p.input.size[2]);
   g.width = int(p.input.size[3]);
   g.out_height = int(p.output.size[2]);
@@ -57,16 +54,14 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   g.taps_h = int(ceil_divide(g.kernel_h, tile.kernel_h));
   g.taps_w = int(ceil_divide(g.kernel_w, tile.kernel_w));
   g.segments = int(ceil_divide(g.out_width, kStagePixels));
-  g.rows = int64_t{g.batch} * g.segments * g.out_height;
+  g.rows = p.batch() * g.segments * g.out_height;
   // One wave of blocks, or as many as keep shares short.
   const int64_t wave = std::max(1, processors / g.tiles());
   const int64_t waves = ceil_divide(g.rows, wave * kMostRows);
   const int64_t wanted = std::max<int64_t>(1, std::min(wave * waves, g.rows / kFewestRows));
   g.splits = int(std::min(wanted, std::max<int64_t>(1, parts)));
   g.row_kinds = int(kVector / std::gcd(p.output.stride[2], int64_t{kVector}));
-  for (int kind = 0; kind < g.row_kinds; ++kind)
-    g.row_begins[kind] = int(kind * p.output.stride[2] % kVector);
-  g.smallest = smallest_element(products(p), kMaxStageSums, p.batch() * p.output_pixels());
+  g.smallest = smallest_element(products(p), p.batch() * p.output_pixels(), 1);
   return g;
 }
 
@@ -183,11 +178,10 @@ class ImplicitGemmWeight final : public Algorithm {
     for (int kind = 0; kind < std::min<int64_t>(g.row_kinds, size[2]); ++kind) {
       const int64_t first = kind * stride[2] + astray, before = first % kVector;
       g.row_begins[kind] = int(before);
-      gemm.maps[kind] =
-          make_map(gemm.grad - astray + first - before,
-                   {size[3] + before, ceil_divide(size[2] - kind, g.row_kinds), size[1], size[0]},
-                   {g.row_kinds * stride[2], stride[1], stride[0]},
-                   {kStagePixels + kReach, 1, tile.out_channels(), 1});
+      gemm.maps[kind] = make_map(
+          gemm.grad - astray + first - before,
+          {size[3] + before, ceil_divide(size[2] - kind, g.row_kinds), size[1], size[0]},
+          {g.row_kinds * stride[2], stride[1], stride[0]}, {kRawPitch, 1, tile.out_channels(), 1});
     }
   }
 };

@@ -13,6 +13,11 @@ namespace convops::cuda {
 // Pixels of a row of grad_output that are multiplied at once, a stage: six steps of 16, after which
 // sums leave the tensor cores (promoted_steps).
 inline constexpr int kStagePixels = 96;
+// Floats of such a row as it is copied: what lies before it in its 16 bytes, too; and a consumer's
+// 8 rows × 4 pairs lie in different banks.
+inline constexpr int kRawPitch = kStagePixels + 8;
+static_assert(kRawPitch % 32 == 8 && kRawPitch >= kStagePixels + kVector);
+inline constexpr int kReach = 8;        // columns of the input by which a tile's taps reach further
 inline constexpr int kMaxRowKinds = 4;  // of rows, by where they begin in 16 bytes
 
 // The taps that a block sums, `kernel_h × kernel_w` of them, for `octets` · 8 channels in each
@@ -34,7 +39,7 @@ inline constexpr WeightTile kWeightTiles[] = {{3, 3, 2, true}, {5, 3, 1, true}, 
 struct WeightGemm {
   // Sizes of a group, and of the tensors; strides in floats.
   int groups, channels, out_channels;
-  int batch, height, width, out_height, out_width;
+  int height, width, out_height, out_width;
   int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
   int64_t image_stride, channel_stride, row_stride;  // of the input
   // Blocks of channels, out channels and taps; segments of a row; parts that K is split into.

@@ -55,6 +55,7 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
   Stage<T::kStages> stage;
   Stage<T::kRing> slot, newest;  // of the row's first tap, and the next that is to come
   int come = 0;                  // slots from the first tap's that are known to be full
+  bool fits = true;              // whether float32 holds what sums are worth
   for (Rows row(g, place); !row.done();) {
     for (; come < T::kKernelH; ++come, newest.next())
       ptx::barrier_wait(&header.cells_full[newest.index], newest.parity);
@@ -104,19 +105,20 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
     for (int left = ends ? T::kKernelH : 1; left > 0; --left, --come, slot.next())
       if (lane == 0) ptx::barrier_arrive(&header.cells_empty[slot.index]);
 #pragma unroll
-    for (int kh = 0; kh < T::kKernelH; ++kh)
+    for (int kh = 0; kh < T::kKernelH; ++kh) {
+      const float units[2] = {upper.y * worth[kh], lower.y * worth[kh]};
+      fits &= units[0] > 0 && units[1] > 0;
 #pragma unroll
       for (int tap = 0; tap < T::kKernelW; ++tap)
 #pragma unroll
         for (int j = 0; j < T::kOctets * 4; ++j) {
           const int i = kh * T::kOctets * 4 + j;
-          const float unit = (j % 4 < 2 ? upper.y : lower.y) * worth[kh];
-          totals[tap][i] = fmaf(sums[tap][i], unit, totals[tap][i]);
+          totals[tap][i] = fmaf(sums[tap][i], units[j / 2 % 2], totals[tap][i]);
         }
+    }
   }
 
-  // Not so where an operand is infinite or NaN, or a sum too large.
-  bool finite = true;
+  // Nor do totals where an operand is infinite or NaN, or a sum too large.
   float* const to = operands.partial + place.split * g.weights();
 #pragma unroll
   for (int kh = 0; kh < T::kKernelH; ++kh)
@@ -133,11 +135,11 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
 #pragma unroll
       for (int tap = 0; tap < T::kKernelW; ++tap) {
         const float total = totals[tap][kh * T::kOctets * 4 + j];
-        finite &= fabsf(total) < INFINITY;
+        fits &= fabsf(total) < INFINITY;
         if (place.tap_w + tap < g.kernel_w) to[line * g.kernel_w + place.tap_w + tap] = total;
       }
     }
-  if (!finite) operands.bad_blocks[blockIdx.x] = 1;
+  if (!fits) operands.bad_blocks[blockIdx.x] = 1;
 }
 
 }  // namespace convops::cuda::implicit_gemm_weight

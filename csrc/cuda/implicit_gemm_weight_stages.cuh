@@ -28,12 +28,8 @@ static_assert(kConsumerRegisters * kConsumerWarps +
 
 constexpr int kStepPixels = 16, kSteps = kStagePixels / kStepPixels;
 static_assert(kSteps <= promoted_steps(3), "sums leave the tensor cores after a stage");
-// Floats of a row of a raw stage: what lies before the row in its 16 bytes, too; a consumer's 8
-// rows × 4 pairs lie in different banks.
-constexpr int kRawPitch = kStagePixels + 8;
-static_assert(kRawPitch % 32 == 8 && kRawPitch >= kStagePixels + kVector);
-// Cells of a row of the input: a thread's each. Taps reach over this many more.
-constexpr int kReach = 8, kCells = kStagePixels + kReach, kPlane = kCells * kOctet * 2;
+// Cells of a row of the input, a thread's each; bytes of an octet of them.
+constexpr int kCells = kStagePixels + kReach, kPlane = kCells * kOctet * 2;
 static_assert(kCells <= kConverterWarps * kWarp);
 constexpr int kMaxStages = 4, kMaxRing = 7, kHeader = 5120;
 constexpr int kInputStages = 3;  // of raw rows of the input, each thread's its own
