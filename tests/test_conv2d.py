@@ -235,6 +235,31 @@ def test_drawn_problems(
         assert_close(result, *expected, label=algorithm)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)], ids=["1x1", "3x3"])
+def test_images_that_share_memory(
+    kernel: tuple[int, int], dtype: torch.dtype, direction: str, device: str
+) -> None:
+    """Windows that slide over frames: pixels of all images in one row, which are no matrix."""
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    problem = Problem("windows", 4, 8, 6, 5, 12, kernel, (1, 1), padding)
+    x, w, bias, grad_output = (
+        t if t is None or t.shape == problem.weight_size else frames(t)
+        for t in reference.operands(problem, dtype, device)
+    )
+    expected = expect(problem, direction, (x, w, bias, grad_output))
+    for algorithm, result in results(problem, direction, x, w, bias, grad_output):
+        assert_close(result, *expected, label=algorithm)
+
+
+def frames(t: Tensor) -> Tensor:
+    """Of the size of `t`: each image shares all but one channel with the next."""
+    n, c, _, _ = t.shape
+    film = torch.cat([t[0], t[1:, 0]])
+    return film.unfold(0, c, 1).movedim(-1, 1)[:n]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", ODD, ids=lambda p: p.name)

@@ -78,9 +78,13 @@ struct PixelMatrix {
     return {advance(data, pixel * pixel_stride, dtype), dtype, image_stride, channel_stride,
             pixel_stride};
   }
-  // Whether the next image's pixels go on where one's end.
-  bool is_merged(int64_t images, int64_t image_pixels) const {
-    return images == 1 || image_stride == image_pixels * pixel_stride;
+  // Whether the next image's pixels go on where one's end, and all are still a matrix: images that
+  // share memory, such as windows that slide over frames, are not.
+  bool is_merged(int64_t images, int64_t image_pixels, int64_t channels) const {
+    if (images == 1) return true;
+    if (image_stride != image_pixels * pixel_stride) return false;
+    if (pixel_stride == 1 && channels > 1) return channel_stride >= images * image_pixels;
+    return pixel_stride >= channels;
   }
 };
 
@@ -232,8 +236,8 @@ class Run {
     for_each_output_chunk([&](const Chunk& chunk) {
       const PixelMatrix columns = input_columns(chunk), output = grad_output(chunk);
       const int64_t image_pixels = chunk.rows * p_.output_size().w;
-      const bool merged = columns.is_merged(chunk.images, image_pixels) &&
-                          output.is_merged(chunk.images, image_pixels);
+      const bool merged = columns.is_merged(chunk.images, image_pixels, p_.taps()) &&
+                          output.is_merged(chunk.images, image_pixels, p_.group_out_channels());
       const int64_t pixels = merged ? chunk.images * image_pixels : image_pixels;
       for (int64_t image = 0; image < (merged ? 1 : chunk.images); ++image)
         for (int64_t first = 0; first < pixels; first += kLongestSum) {
@@ -319,7 +323,7 @@ class Run {
                              const Matrix& c) {
       gemm(p_.dtype, out.dtype, p_.precision, {batch, m, n, k}, a, b, c, accumulate);
     };
-    if (in.is_merged(images, image_pixels) && out.is_merged(images, image_pixels)) {
+    if (in.is_merged(images, image_pixels, k) && out.is_merged(images, image_pixels, m)) {
       product(p_.groups, images * image_pixels, weight, in.image(0, k), out.image(0, m));
     } else if (p_.groups < images) {
       for (int64_t group = 0; group < p_.groups; ++group) {
