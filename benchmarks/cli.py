@@ -1,11 +1,12 @@
-"""The command line: `conv` (what runs without a name), `unfold`, `overhead`, `report`."""
+"""The command line: `conv` (runs without a name), `unfold`, `networks`, `overhead`, `report`."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,22 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks import cases, ceilings, contestants, machine, measure, overhead, plot, report
+from benchmarks import (
+    cases,
+    ceilings,
+    contestants,
+    machine,
+    measure,
+    network_comparison,
+    networks,
+    overhead,
+    plot,
+    report,
+)
 from benchmarks.cases import Case
 from benchmarks.comparison import OK, REFUSED, Bench, Row
+from benchmarks.network_comparison import NetworkBench, NetworkRow, exact_results
+from benchmarks.networks import NetworkCase
 
 RESULTS = cases.ROOT / "benchmarks" / "results"
 
@@ -50,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_comparison(by_hand, ["SEEDS"], ["forward"], ["im2col_gemm", "direct"])
     by_hand.set_defaults(run=_compare, rivals=contestants.unfold)
 
+    whole = _add(commands, "networks", "networks converted by convert_conv2d against PyTorch's")
+    _add_networks(whole)
+    whole.set_defaults(run=_networks)
+
     host = _add(commands, "overhead", "host time of a call on a tiny problem")
     host.add_argument("--rounds", type=int, default=25, help="turns of a function (%(default)s)")
     host.add_argument("--calls", type=int, default=500, help="calls in a turn (%(default)s)")
@@ -71,18 +89,25 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_comparison(
-    parser: argparse.ArgumentParser,
-    problems: list[str],
-    directions: list[str],
-    algorithms: list[str],
-) -> None:
+def _adders(parser: argparse.ArgumentParser) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Add an option of several values, and one of one value."""
+
     def some(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, nargs="+", metavar="X", help=text, **options)
 
     def one(name: str, text: str, default: Any, kind: type) -> None:
         parser.add_argument(name, metavar="N", help=text, default=default, type=kind)
 
+    return some, one
+
+
+def _add_comparison(
+    parser: argparse.ArgumentParser,
+    problems: list[str],
+    directions: list[str],
+    algorithms: list[str],
+) -> None:
+    some, one = _adders(parser)
     every = (*cases.DIRECTIONS, "all")
     some("--problem", "names, globs, tags of tests/problems.py (%(default)s)", default=problems)
     some("--direction", f"of {', '.join(every)} (%(default)s)", choices=every, default=directions)
@@ -92,6 +117,32 @@ def _add_comparison(
     some("--algorithm", "names, plan (its choice) or all (%(default)s)", default=algorithms)
     effort = measure.Effort()
     one("--elements", "scale problems to this many elements (cpu: 2^20)", None, int)
+    one("--rounds", "least rounds of a case (%(default)s)", effort.least, int)
+    one("--most-rounds", "most rounds of a case (%(default)s)", effort.most, int)
+    one("--seconds", "time for a case's rounds (%(default)s)", effort.seconds, float)
+
+
+def _add_networks(parser: argparse.ArgumentParser) -> None:
+    some, one = _adders(parser)
+
+    def choices(name: str, every: Sequence[str], default: Sequence[str] | None, text: str) -> None:
+        some(name, f"of {', '.join(every)} ({text})", choices=every, default=default)
+
+    library = "or any of torchvision and timm"
+    some("--network", f"names: {', '.join(networks.NETWORKS)} (all), {library}", default=None)
+    choices("--work", networks.WORKS, networks.WORKS, "both")
+    some("--batch", "images of a pass (1 64; cpu: 1)", type=int, default=None)
+    choices("--precision", networks.PRECISIONS, None, "all; cpu: ieee bf16")
+    choices("--layout", tuple(cases.LAYOUTS), tuple(cases.LAYOUTS), "both")
+    choices("--execution", networks.EXECUTIONS, ["eager"], "eager")
+    one("--size", "height and width of the images (%(default)s)", 224, int)
+    every = ["losses", "all", "none"]
+    text = "of which cases the convolutions are measured one by one (%(default)s)"
+    parser.add_argument("--layers", choices=every, default="losses", help=text)
+    text = "measure PyTorch with cudnn.benchmark=True, too: 0.1 to 0.5 s of search a convolution"
+    boolean = argparse.BooleanOptionalAction
+    parser.add_argument("--cudnn-benchmark", action=boolean, default=True, help=text)
+    effort = measure.Effort(least=3, seconds=0.3)
     one("--rounds", "least rounds of a case (%(default)s)", effort.least, int)
     one("--most-rounds", "most rounds of a case (%(default)s)", effort.most, int)
     one("--seconds", "time for a case's rounds (%(default)s)", effort.seconds, float)
@@ -189,6 +240,55 @@ def _suffixed(stem: Path, suffix: str) -> Path:
     return stem.with_name(f"{stem.name}.{suffix}")  # with_suffix would cut a dotted name
 
 
+def _networks(args: argparse.Namespace) -> int:
+    device = _device(args)
+    cuda = device.type == "cuda"
+    batches = args.batch or ([1, 64] if cuda else [1])
+    precisions = args.precision or [p for p in networks.PRECISIONS if cuda or p != "tf32"]
+    screen = report.console()
+    effort = measure.Effort(args.rounds, args.most_rounds, args.seconds)
+    bench = NetworkBench(
+        measure.WallClock(device), effort, cuda and args.cudnn_benchmark, args.layers
+    )
+    content: dict[str, Any] = {
+        "kind": "networks",
+        "command": args.command_line,
+        "machine": machine.describe(device, args.commit),
+        "effort": asdict(effort),
+        "rows": [],
+    }
+    stem = report.result_stem(args.output, content["machine"], args.name)
+    rows: list[NetworkRow] = []
+    for name in args.network or networks.NETWORKS:
+        model = networks.build(name, device, args.size)
+        smooth = networks.smoothed(model, device, args.size)
+        for work, batch in itertools.product(args.work, batches):
+            exact = None
+            for choice in itertools.product(precisions, args.layout, args.execution):
+                case = NetworkCase(name, work, batch, *choice, args.size, device)
+                exact = exact or exact_results(smooth, case)
+                row = bench.row(case, model, smooth, exact)
+                row.command = _repeat_network(case)
+                rows.append(row)
+                content["rows"].append(asdict(row))
+                screen.print(network_comparison.line(row), highlight=False, soft_wrap=True)
+                report.save_json(_suffixed(stem, "json"), content)  # a crash later loses nothing
+    content["machine"]["gpu_state_after"] = machine.gpu_state(device)
+    report.save_json(_suffixed(stem, "json"), content)
+    network_comparison.save_markdown(_suffixed(stem, "md"), content, rows)
+    network_comparison.print_table(rows, screen)
+    screen.print(f"Written: {stem}.json, .md")
+    return 1 if any(row.status != OK for row in rows) else 0
+
+
+def _repeat_network(case: NetworkCase) -> str:
+    """The command line that measures one row again."""
+    words = ["python", "-m", "benchmarks", "networks", "--network", case.network]
+    words += ["--work", case.work, "--batch", str(case.batch), "--precision", case.precision]
+    words += ["--layout", case.layout, "--execution", case.execution]
+    return shlex.join([*words, "--size", str(case.size), "--device", case.device.type])
+
+
 def _overhead(args: argparse.Namespace) -> int:
     devices = [args.device] if args.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
     screen = report.console()
@@ -218,6 +318,9 @@ def _report(args: argparse.Namespace) -> int:
         if content["kind"] == "overhead":
             rows = [overhead.OverheadRow(**row) for row in content["rows"]]
             overhead.save_markdown(_suffixed(stem, "md"), content, rows)
+        elif content["kind"] == "networks":
+            rows = [NetworkRow(**row) for row in content["rows"]]
+            network_comparison.save_markdown(_suffixed(stem, "md"), content, rows)
         else:
             _save_comparison(stem, content, [Row(**row) for row in content["rows"]])
     return 0

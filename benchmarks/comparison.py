@@ -108,7 +108,7 @@ class Bench:
         except RuntimeError as error:  # out of memory: no reason to lose the other cases
             rows = {name: new_row(name) for name in algorithms}
             for row in rows.values():
-                row.status, row.note = FAILED, _first_line(error)
+                row.status, row.note = FAILED, first_line(error)
         return list(rows.values())
 
     def _fill(
@@ -133,7 +133,7 @@ class Bench:
                     contestant, _result_like(case, tensors)
                 )
             except RuntimeError as error:
-                failures[label] = _first_line(error)
+                failures[label] = first_line(error)
         errors, images = reference.errors(case, tensors, outputs)
         outputs.clear()
         checked = time.perf_counter()
@@ -196,5 +196,5 @@ def _result_like(case: Case, t: Tensors) -> Tensor:
     }[case.direction]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

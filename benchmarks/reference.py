@@ -18,7 +18,7 @@ CHUNK_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 # needs all images).
 MOST_FLOPS = 8e12
 
-_UNIT_ROUNDOFF = {"ieee": 2**-24, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-8, "fp64": 2**-53}
+UNIT_ROUNDOFF = {"ieee": 2**-24, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-8, "fp64": 2**-53}
 
 
 def bound(case: Case) -> float:
@@ -28,11 +28,11 @@ def bound(case: Case) -> float:
     an accumulation in fp32 (fp64: in fp64). Tests have tighter bounds; this one finds wrong code.
     """
     accumulation = 2**-53 if case.precision == "fp64" else 2**-24
-    return 2 * _UNIT_ROUNDOFF[case.precision] + 2 * math.sqrt(case.terms) * accumulation
+    return 2 * UNIT_ROUNDOFF[case.precision] + 2 * math.sqrt(case.terms) * accumulation
 
 
 @contextmanager
-def _without_cudnn() -> Iterator[None]:
+def without_cudnn() -> Iterator[None]:
     """PyTorch's own convolution: it owes the rival nothing, and in fp64 its speed is steady."""
     enabled = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
@@ -69,7 +69,7 @@ def errors(case: Case, t: Tensors, outputs: dict[str, Tensor]) -> tuple[dict[str
         part = slice(start, start + size)
         chunk = Tensors(fp64(t.input[part]), weight, fp64(t.grad_output[part]), bias)
         settings = (p.padding_sides, p.stride, p.dilation, p.groups)
-        with _without_cudnn():
+        with without_cudnn():
             expected = pytorch_call(case.direction, chunk, *settings)()
         images += len(chunk.input)
         if case.direction == "backward_weight":

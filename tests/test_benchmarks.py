@@ -111,6 +111,52 @@ def test_overhead(tmp_path: Path) -> None:
     assert all(row["median_us"] > 0 and row["ratio"] > 0 for row in rows)
 
 
+NETWORK = "--network unet --size 32 --batch 2 --seconds 0 --rounds 1 --device cpu".split()
+
+
+def test_networks(tmp_path: Path) -> None:
+    options = ["--precision", "ieee", "bf16", "--layout", "channels_last", "--layers", "all"]
+    done = run("networks", *NETWORK, *options, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = result(tmp_path)["rows"]
+    assert len(rows) == 2 * 2  # work, precision
+    for row in rows:
+        ours, theirs = row["times"]["conv_ops"], row["times"]["PyTorch default"]
+        assert math.isclose(row["ratio"], theirs["median_ms"] / ours["median_ms"])
+        training = row["work"] == "training"
+        assert list(row["bounds"]) == ["output", "gradients"][: 1 + training]
+        for what, bound in row["bounds"].items():
+            assert 0 < row["errors"]["conv_ops"][what] <= bound
+            assert bound < (1e-4 if row["precision"] == "ieee" else 0.5)
+        for part in ["forward", "backward"][: 1 + training]:
+            layers = [layer for layer in row["layers"] if layer["part"] == part]
+            assert sum(len(layer["modules"]) for layer in layers) == row["convolutions"] == 19
+            for layer in layers:
+                assert layer["algorithms"] and layer["ours_ms"] > 0 and layer["theirs_ms"] > 0
+        losses = [layer["ours_ms"] - layer["theirs_ms"] for layer in row["layers"]]
+        assert losses == sorted(losses, reverse=True)
+
+
+def test_a_network_that_computes_something_else_is_wrong(tmp_path: Path) -> None:
+    one_gradient_is_doubled = (
+        "import sys, benchmarks; sys.path.append(sys.path.pop(0))\n"
+        "import conv_ops\n"
+        "convert = conv_ops.convert_conv2d\n"
+        "def doubled(model):\n"
+        "    convert(model).last.weight.register_hook(lambda gradient: 2 * gradient)\n"
+        "conv_ops.convert_conv2d = doubled\n"
+        "from benchmarks import cli\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    options = ["--work", "training", "--precision", "ieee", "--layout", "nchw"]
+    command = [*NETWORK, *options, "--output", str(tmp_path)]
+    done = run("networks", *command, code=one_gradient_is_doubled)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (row,) = result(tmp_path)["rows"]
+    assert row["status"] == "wrong"
+    assert not row["times"]
+
+
 def test_an_unknown_problem_is_a_usage_error() -> None:
     done = run("--problem", "no-such-problem")
     assert done.returncode == 2
