@@ -36,6 +36,7 @@ GEMM = ["implicit_gemm_sm90", "implicit_gemm_pack_sm90", "implicit_gemm_exact_sm
 # The planner is part of plans.cpp.
 GEMM_HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_cost", "_cells")]
 OTHERS = ["depthwise", "depthwise_strips", "depthwise_planes", "depthwise_weight"]
+OTHERS += ["depthwise_weight_rows"]
 OTHERS += ["depthwise_large", "depthwise_channels_last", "depthwise_channels_last_warps"]
 OTHERS += ["depthwise_channels_last_patches", "depthwise_channels_last_weight"]
 OTHERS += ["depthwise_channels_last_weight_registers", "grouped", "grouped_weight"]

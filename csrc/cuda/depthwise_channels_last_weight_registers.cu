@@ -12,6 +12,7 @@
 #include "cuda/depthwise_channels_last.cuh"
 #include "cuda/depthwise_channels_last_weight.h"
 #include "cuda/ptx/launch.cuh"
+#include "cuda/vector.cuh"
 
 namespace convops::cuda::depthwise_channels_last {
 namespace {
@@ -64,35 +65,6 @@ struct Taps {
 // Where a thread walks: the first of its lines, positions and channels.
 struct Walk {
   int line, column, channel;
-};
-
-// Neighbouring channels of a pixel as they are in memory.
-template <typename T, int kV>
-struct alignas(kV * sizeof(T)) Vector {
-  // Not elements: 16 bits at a time would be packed and unpacked on the way.
-  using Word = std::conditional_t<kV * sizeof(T) == 2, uint16_t, uint32_t>;
-  static constexpr int kElements = sizeof(Word) / sizeof(T);
-  Word words[kV / kElements];
-
-  static __device__ __forceinline__ Vector load_or_zeros(const T* from, bool inside) {
-    Vector vector{};
-    if (inside) vector = *reinterpret_cast<const Vector*>(from);
-    return vector;
-  }
-  __device__ __forceinline__ void unpack(float (&to)[kV]) const {
-#pragma unroll
-    for (int v = 0; v < kV; ++v) {
-      const Word word = words[v / kElements];
-      if constexpr (std::is_same_v<T, __nv_bfloat16> && kElements == 2) {
-        // Each is a float's upper half; convert() would first make a register of it.
-        to[v] = __uint_as_float(v % 2 == 0 ? word << 16 : word & 0xffff0000);
-      } else {
-        T elements[kElements];
-        memcpy(elements, &word, sizeof(Word));
-        to[v] = convert<float>(elements[v % kElements]);
-      }
-    }
-  }
 };
 
 // What a step reads: kDown rows of the input, and one of grad_output.

@@ -19,6 +19,7 @@
 
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
+#include "cuda/depthwise_weight_rows.h"
 #include "cuda/depthwise_weight_sums.cuh"
 #include "cuda/depthwise_weight_tiling.cuh"
 #include "cuda/launch.h"
@@ -53,13 +54,6 @@ __device__ float exact_sum(const Gradient& p, const Tile& tile, const T* input, 
                              p.is_bfloat16);
   }
   return sum_of_warp(sum);
-}
-
-template <typename T>
-__device__ T& weight_at(const Tensor4& weight, T* result, int64_t element) {
-  const int64_t kw = element % weight.size[3], line = element / weight.size[3];
-  const int64_t kh = line % weight.size[2], channel = line / weight.size[2];
-  return result[channel * weight.stride[0] + kh * weight.stride[2] + kw * weight.stride[3]];
 }
 
 // Grid: x tiles, within channels, within chunks. Partial sums lie [weight][chunk][tile]; `partial`
@@ -259,10 +253,23 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
         parts > 1 ? partial : nullptr, result);
     CONVOPS_LAUNCH_CHECK("depthwise_weight");
   }
-  if (parts == 1) return;
-  launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kMaxWarps), kMaxThreads, execution,
-               p.weight, static_cast<const float*>(partial), parts, is_bfloat16, result);
+  if (parts != 1) add_parts(p, parts, operands, execution);
 }
+
+}  // namespace
+
+void depthwise_weight::add_parts(const ConvProblem& p, int64_t parts, const Operands& operands,
+                                 const Execution& execution) {
+  const auto add = [&](auto tag) {
+    using T = decltype(tag);
+    launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kMaxWarps), kMaxThreads, execution,
+                 p.weight, static_cast<const float*>(execution.workspace), parts,
+                 p.dtype == DType::kBFloat16, static_cast<T*>(operands.weight));
+  };
+  p.dtype == DType::kFloat32 ? add(float{}) : add(Half{});
+}
+
+namespace {
 
 class DepthwiseWeight final : public Algorithm {
  public:
@@ -323,7 +330,7 @@ class DepthwiseWeight final : public Algorithm {
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {
     if (p.output.numel() == 0) return {0, 0};
-    return with_sums(
+    WorkspaceRange range = with_sums(
         Window(p),
         [&](auto tag) -> WorkspaceRange {
           const Tiling t = tiling_for<typename decltype(tag)::Sums>(p, device, INT64_MAX);
@@ -331,11 +338,13 @@ class DepthwiseWeight final : public Algorithm {
                   t.parts() > 1 ? t.chunks * chunk_bytes(p, t) : 0};
         },
         AllSums{});
+    range.wanted = std::max(range.wanted, rows_workspace(p, device));
+    return range;
   }
 
   void run(const ConvProblem& p, const Operands& operands,
            const Execution& execution) const override {
-    if (p.weight.numel() == 0) return;
+    if (p.weight.numel() == 0 || run_rows(p, operands, execution)) return;
     with_sums(
         Window(p),
         [&](auto tag) {

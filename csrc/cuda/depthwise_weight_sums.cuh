@@ -17,6 +17,60 @@ __device__ __forceinline__ float sum_of_warp(float sum) {
   return sum;
 }
 
+// Adds the sums of a warp's lanes. In each step lanes pair up and keep one half of the sums each:
+// about two shuffles a sum instead of five.
+template <int kCount>
+class LaneSums {
+ public:
+  static __device__ __forceinline__ void add(float (&sums)[kCount], float* result) {
+    reduce_half<kCount, kWarp / 2>(sums);
+#pragma unroll
+    for (int i = 0; i < kept(); ++i) {
+      const int slot = slot_of<kCount, kWarp / 2>(i, threadIdx.x % kWarp);
+      if (slot < kCount) result[slot] = sums[i];
+    }
+  }
+
+ private:
+  // Sums that a lane has left.
+  static __device__ constexpr int kept() {
+    int n = kCount;
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) n = (n + 1) / 2;
+    return n;
+  }
+  template <int kN, int kLanes>
+  static __device__ __forceinline__ void reduce_half(float (&sums)[kCount]) {
+    if constexpr (kLanes > 0) {
+      constexpr int kHalf = (kN + 1) / 2;
+      const bool upper = threadIdx.x & kLanes;
+#pragma unroll
+      for (int i = 0; i < kHalf; ++i) {
+        const float low = sums[i], high = i + kHalf < kN ? sums[i + kHalf] : 0.f;
+        const float sent = __shfl_xor_sync(~0u, upper ? low : high, kLanes);
+        sums[i] = (upper ? high : low) + sent;
+      }
+      reduce_half<kHalf, kLanes / 2>(sums);
+    }
+  }
+  // Which the lane's i-th sum is; kCount where it is none.
+  template <int kN, int kLanes>
+  static __device__ __forceinline__ int slot_of(int i, int lane) {
+    if constexpr (kLanes == 0) {
+      return i;
+    } else {
+      constexpr int kHalf = (kN + 1) / 2;
+      i = slot_of<kHalf, kLanes / 2>(i, lane);
+      if (i >= kHalf) return kCount;
+      if (lane & kLanes) i += kHalf;
+      return i < kN ? i : kCount;
+    }
+  }
+};
+template <int kCount>
+__device__ __forceinline__ void add_lanes(float (&sums)[kCount], float* result) {
+  LaneSums<kCount>::add(sums, result);
+}
+
 // A shape with compiled sizes: a strip a thread. kShift_: a tile of the input begins so many
 // columns before the first that is needed, where vectors of memory begin, so that copies are large.
 template <int kH_, int kW_, int kStride_, int kShift_ = 0>
@@ -85,50 +139,8 @@ struct StripSums {
     }
   }
 
-  // Adds the sums of a warp's lanes. In each step lanes pair up and keep one half of the taps each:
-  // about two shuffles a tap instead of five.
   __device__ __forceinline__ void reduce(const Window&, float (&result)[kMaxWarps][kMaxTaps]) {
-    reduce_half<kTaps, kWarp / 2>();
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int i = 0; i < kept(kTaps, 1); ++i) {
-      const int tap = tap_of<kTaps, kWarp / 2>(i, lane);
-      if (tap < kTaps) result[threadIdx.x / kWarp][tap] = sums[i];
-    }
-  }
-
- private:
-  // Taps left of n after the steps of kWarp / 2, ..., last lanes.
-  static __device__ constexpr int kept(int n, int last) {
-    for (int lanes = kWarp / 2; lanes >= last; lanes /= 2) n = (n + 1) / 2;
-    return n;
-  }
-  template <int kN, int kLanes>
-  __device__ __forceinline__ void reduce_half() {
-    if constexpr (kLanes > 0) {
-      constexpr int kHalf = (kN + 1) / 2;
-      const bool upper = threadIdx.x & kLanes;
-#pragma unroll
-      for (int i = 0; i < kHalf; ++i) {
-        const float low = sums[i], high = i + kHalf < kN ? sums[i + kHalf] : 0.f;
-        const float sent = __shfl_xor_sync(~0u, upper ? low : high, kLanes);
-        sums[i] = (upper ? high : low) + sent;
-      }
-      reduce_half<kHalf, kLanes / 2>();
-    }
-  }
-  // The tap that the lane's i-th sum is of; kTaps where it is of none.
-  template <int kN, int kLanes>
-  static __device__ __forceinline__ int tap_of(int i, int lane) {
-    if constexpr (kLanes == 0) {
-      return i;
-    } else {
-      constexpr int kHalf = (kN + 1) / 2;
-      i = tap_of<kHalf, kLanes / 2>(i, lane);
-      if (i >= kHalf) return kTaps;
-      if (lane & kLanes) i += kHalf;
-      return i < kN ? i : kTaps;
-    }
+    add_lanes(sums, result[threadIdx.x / kWarp]);
   }
 };
 

@@ -30,6 +30,13 @@ __device__ __forceinline__ void set(Half& element, float value, bool is_bfloat16
     reinterpret_cast<__half&>(element) = convert<__half>(value);
 }
 
+template <typename T>
+__device__ __forceinline__ T& weight_at(const Tensor4& weight, T* result, int64_t element) {
+  const int64_t kw = element % weight.size[3], line = element / weight.size[3];
+  const int64_t kh = line % weight.size[2], channel = line / weight.size[2];
+  return result[channel * weight.stride[0] + kh * weight.stride[2] + kw * weight.stride[3]];
+}
+
 struct Split {
   int quotient, remainder;
 };
