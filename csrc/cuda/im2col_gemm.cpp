@@ -13,8 +13,10 @@
 #include <optional>
 
 #include "cuda/algorithms.h"
+#include "cuda/check.h"
 #include "cuda/gemm.h"
 #include "cuda/im2col.h"
+#include "cuda/weight_parts.h"
 #include "integers.h"
 
 namespace convops::cuda {
@@ -27,7 +29,11 @@ constexpr int64_t kChunkBytes = int64_t{1024} << 20;
 constexpr int64_t kFewPixels = 4096;
 // Pixels that backward-weight sums in one product. cuBLAS adds them up in float32 whatever their
 // number; longer sums had up to three times cuDNN's error, several short ones have less than it.
-constexpr int64_t kLongestSum = int64_t{1} << 15;
+// More pixels are a batch of slices, as many as make two tiles of kSliceTile² results for each
+// multiprocessor and none shorter than kShortestSlice; their sums are added in order.
+constexpr int64_t kLongestSum = int64_t{1} << 15, kShortestSlice = 256;
+constexpr int64_t kSliceTile = 128, kSliceWaves = 2;
+constexpr int64_t kSliceBytes = int64_t{256} << 20;  // of the sums of all, at most
 constexpr int64_t kAlignment = 256;
 
 // For the cost, fitted on an H200: the share of the peak cuBLAS reaches, the rates of its dtypes
@@ -93,14 +99,21 @@ PixelMatrix pixel_matrix(const Tensor4& t, void* data, DType dtype, const Chunk&
           t.stride[0], t.stride[1], pixel_stride(t)};
 }
 
+// Whether backward-weight's sum over the pixels is cut into slices.
+bool is_sliced(const ConvProblem& p) {
+  return p.direction == Direction::kBackwardWeight && p.groups == 1 && p.dtype != DType::kFloat64 &&
+         p.batch() * p.output_pixels() > kLongestSum;
+}
+
 // Whether the pixels of small images are packed side by side, one product for all of them. For
-// backward-weight because it would be a product for each image; otherwise because tensor cores take
-// rows that do not begin at multiples of 16 bytes, as of 7×7, at half speed and less. (At 8 the
-// copies of a 1×1 convolution cost what they gain.)
+// backward-weight because it would be a product for each image, unless each is a slice; otherwise
+// because tensor cores take rows that do not begin at multiples of 16 bytes, as of 7×7, at half
+// speed and less. (At 8 the copies of a 1×1 convolution cost what they gain.)
 bool packs_pixels(const ConvProblem& p) {
   const bool fma = p.dtype == DType::kFloat32 && p.precision == Precision::kIeee;
   const bool small = p.batch() > 1 && p.output_pixels() < kFewPixels && pixel_stride(p.output) == 1;
-  if (p.direction == Direction::kBackwardWeight) return small;
+  const bool weight = p.direction == Direction::kBackwardWeight;
+  if (weight && !(is_sliced(p) && p.output_pixels() >= kShortestSlice)) return small;
   if (p.dtype == DType::kFloat64 || fma) return false;
   const int64_t aligned_bytes = p.is_pointwise() ? 8 : 16;
   return small && p.output_pixels() * element_size(p.dtype) % aligned_bytes != 0;
@@ -114,8 +127,7 @@ bool skips_im2col(const ConvProblem& p) {
 // Whether the gradient of the output must be copied into the chunk.
 bool packs_output(const ConvProblem& p) {
   if (p.direction == Direction::kForward) return false;
-  if (!is_pixel_matrix(p.output, p.group_out_channels()) || packs_pixels(p)) return true;
-  return p.direction == Direction::kBackwardWeight && p.output_pixels() < kFewPixels;
+  return !is_pixel_matrix(p.output, p.group_out_channels()) || packs_pixels(p);
 }
 
 // The dtype in which the output is made in the workspace before it is copied out; std::nullopt
@@ -146,11 +158,20 @@ int64_t row_bytes(const ConvProblem& p) {
   return (columns + output) * p.output_size().w;
 }
 
-int64_t weight_bytes(const ConvProblem& p) {
+int64_t slice_count(const ConvProblem& p, const Device& device) {
+  if (!is_sliced(p) || p.weight.numel() == 0) return 1;
+  const int64_t tiles =
+      ceil_divide(p.group_out_channels(), kSliceTile) * ceil_divide(p.taps(), kSliceTile);
+  const int64_t room = kSliceBytes / (p.weight.numel() * int64_t(sizeof(float)));
+  return std::max<int64_t>(1, std::min(kSliceWaves * device.processors / tiles, room));
+}
+
+// Backward-weight's result comes first, then the slices' if there are several.
+int64_t weight_bytes(const ConvProblem& p, int64_t slices) {
   if (!packs_weight(p)) return 0;
-  return aligned(p.weight.numel() * element_size(p.direction == Direction::kBackwardWeight
-                                                     ? sum_dtype(p.dtype)
-                                                     : p.dtype));
+  const bool sums = p.direction == Direction::kBackwardWeight;
+  const int64_t copies = slices > 1 ? 1 + slices : 1;
+  return aligned(copies * p.weight.numel() * element_size(sums ? sum_dtype(p.dtype) : p.dtype));
 }
 
 // What the padding of the chunk's rows may take on top.
@@ -159,8 +180,8 @@ int64_t padding_bytes(const ConvProblem& p) {
          (p.groups * p.taps() + p.out_channels());
 }
 
-int64_t fixed_bytes(const ConvProblem& p) {
-  return weight_bytes(p) + (row_bytes(p) ? padding_bytes(p) : 0);
+int64_t fixed_bytes(const ConvProblem& p, int64_t slices) {
+  return weight_bytes(p, slices) + (row_bytes(p) ? padding_bytes(p) : 0);
 }
 
 // Backward-input works on input rows; one of them needs at most this many output rows.
@@ -176,11 +197,13 @@ class Run {
         operands_(operands),
         stream_(execution.stream),
         packed_weight_(execution.workspace),
-        chunk_data_(static_cast<char*>(execution.workspace) + weight_bytes(p)) {
+        slices_(slice_count(p, *execution.device)) {
     const int64_t widest = std::max<int64_t>(1, kMaxGemmExtent / p.output_size().w);
     const int64_t bytes = row_bytes(p);
-    budget_rows_ =
-        bytes ? std::min(widest, (execution.workspace_bytes - fixed_bytes(p)) / bytes) : widest;
+    const auto left = [&] { return execution.workspace_bytes - fixed_bytes(p, slices_); };
+    if (left() < minimum_rows(p) * bytes) slices_ = 1;
+    budget_rows_ = bytes ? std::min(widest, left() / bytes) : widest;
+    chunk_data_ = static_cast<char*>(execution.workspace) + weight_bytes(p, slices_);
   }
 
   void forward() {
@@ -231,29 +254,71 @@ class Run {
 
   void backward_weight() {
     const DType sum = sum_dtype(p_.dtype);
-    const Matrix weight{packed_weight_, p_.group_out_channels() * p_.taps(), p_.taps(), 1};
+    const int64_t weights = p_.weight.numel();
+    void* const parts = slices_ > 1 ? advance(packed_weight_, weights, sum) : packed_weight_;
+    const Matrix weight{parts, weights / p_.groups, p_.taps(), 1};
     Accumulate accumulate = Accumulate::kNo;
+    if (slices_ > 1) {  // a product need not have them all
+      CONVOPS_CUDA_CHECK(cudaMemsetAsync(parts, 0, size_t(slices_ * weights * element_size(sum)),
+                                         static_cast<cudaStream_t>(stream_)));
+      accumulate = Accumulate::kYes;
+    }
     for_each_output_chunk([&](const Chunk& chunk) {
       const PixelMatrix columns = input_columns(chunk), output = grad_output(chunk);
-      const int64_t image_pixels = chunk.rows * p_.output_size().w;
-      const bool merged = columns.is_merged(chunk.images, image_pixels, p_.taps()) &&
-                          output.is_merged(chunk.images, image_pixels, p_.group_out_channels());
-      const int64_t pixels = merged ? chunk.images * image_pixels : image_pixels;
-      for (int64_t image = 0; image < (merged ? 1 : chunk.images); ++image)
-        for (int64_t first = 0; first < pixels; first += kLongestSum) {
-          gemm(p_.dtype, sum, p_.precision,
-               {p_.groups, p_.group_out_channels(), p_.taps(),
-                std::min(kLongestSum, pixels - first)},
-               output.from(first).image(image, p_.group_out_channels()),
-               columns.from(first).image(image, p_.taps()).transposed(), weight, accumulate);
-          accumulate = Accumulate::kYes;
-        }
+      for_each_slices(chunk, columns, output, [&](const Slices& s) {
+        const auto operand = [&](const PixelMatrix& of, int64_t channels) {
+          Matrix matrix = of.from(s.pixel).image(s.image, channels);
+          if (s.count > 1)
+            matrix.batch_stride = s.images ? of.image_stride : s.length * of.pixel_stride;
+          return matrix;
+        };
+        gemm(p_.dtype, sum, p_.precision,
+             {s.count > 1 ? s.count : p_.groups, p_.group_out_channels(), p_.taps(), s.length},
+             operand(output, p_.group_out_channels()), operand(columns, p_.taps()).transposed(),
+             weight, accumulate);
+        accumulate = Accumulate::kYes;
+      });
     });
+    if (slices_ > 1)
+      add_weight_parts(packed_weight_shape(), static_cast<const float*>(parts), slices_,
+                       static_cast<float*>(packed_weight_), stream_);
     copy(p_.weight, operands_.weight, p_.dtype, packed_weight_shape(), packed_weight_, sum,
          stream_);
   }
 
  private:
+  // `count` slices of `length` pixels each: of images one after the other, or all of one image.
+  struct Slices {
+    int64_t count, length, image, pixel;
+    bool images;
+  };
+
+  // Cuts the chunk's pixels: images that are short in slices of their own, `slices_` at a time,
+  // longer ones, or all images where they merge into one, in up to so many.
+  template <typename F>
+  void for_each_slices(const Chunk& chunk, const PixelMatrix& columns, const PixelMatrix& output,
+                       const F& f) const {
+    const int64_t image_pixels = chunk.rows * p_.output_size().w;
+    const bool merged = columns.is_merged(chunk.images, image_pixels, p_.taps()) &&
+                        output.is_merged(chunk.images, image_pixels, p_.group_out_channels());
+    const int64_t images = merged ? 1 : chunk.images;
+    const int64_t pixels = merged ? chunk.images * image_pixels : image_pixels;
+    const bool of_images = !merged && slices_ > 1 && pixels < slices_ * kShortestSlice;
+    const int64_t most = of_images ? ceil_divide(images, ceil_divide(images, slices_)) : 1;
+    for (int64_t image = 0; image < images; image += most)
+      for (int64_t pixel = 0, step; pixel < pixels; pixel += step) {
+        const int64_t left = pixels - pixel;
+        int64_t count = std::min(most, images - image), length = left;
+        if (!of_images) {
+          count = std::clamp<int64_t>(left / kShortestSlice, 1, slices_);
+          if (count > 1) length = left / count / kPixelMultiple * kPixelMultiple;
+        }
+        length = std::min(length, kLongestSum);
+        step = of_images ? length : count * length;
+        f(Slices{count, length, image, pixel, of_images});
+      }
+  }
+
   // A chunk of an image begins at an aligned row of the output: cuBLAS takes half as long there.
   template <typename F>
   void for_each_output_chunk(const F& f) const {
@@ -341,6 +406,7 @@ class Run {
   const Operands& operands_;
   void* stream_;
   void* packed_weight_;
+  int64_t slices_;
   void* chunk_data_;
   int64_t budget_rows_;
 };
@@ -398,12 +464,13 @@ class Im2colGemm final : public Algorithm {
            (2 + 2 * chunks + calls + (packs ? chunks : 0)) * kLaunchSeconds;
   }
 
-  WorkspaceRange workspace(const ConvProblem& p, const Device&) const override {
-    const int64_t fixed = fixed_bytes(p), bytes = row_bytes(p);
-    if (bytes == 0) return {fixed, fixed};
+  WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {
+    const int64_t fixed = fixed_bytes(p, 1), all = fixed_bytes(p, slice_count(p, device));
+    const int64_t bytes = row_bytes(p);
+    if (bytes == 0) return {fixed, all};
     const int64_t least = minimum_rows(p), rows = p.batch() * p.output_size().h;
     const int64_t wanted = std::clamp(kChunkBytes / bytes, least, std::max(rows, least));
-    return {fixed + least * bytes, fixed + wanted * bytes};
+    return {fixed + least * bytes, all + wanted * bytes};
   }
 
   void run(const ConvProblem& p, const Operands& operands,
