@@ -140,8 +140,10 @@ std::optional<DType> staged_dtype(const ConvProblem& p) {
   return std::nullopt;
 }
 
+// Whether the weights are copied to the workspace, or the sums of their gradient from there.
 bool packs_weight(const ConvProblem& p) {
-  return p.direction == Direction::kBackwardWeight || !p.weight.is_contiguous();
+  const bool rounds = p.direction == Direction::kBackwardWeight && p.dtype != sum_dtype(p.dtype);
+  return rounds || !p.weight.is_contiguous();
 }
 
 DType columns_dtype(const ConvProblem& p) {
@@ -166,11 +168,10 @@ int64_t slice_count(const ConvProblem& p, const Device& device) {
   return std::max<int64_t>(1, std::min(kSliceWaves * device.processors / tiles, room));
 }
 
-// Backward-weight's result comes first, then the slices' if there are several.
+// The packed weights or sums come first, then the slices' if there are several.
 int64_t weight_bytes(const ConvProblem& p, int64_t slices) {
-  if (!packs_weight(p)) return 0;
   const bool sums = p.direction == Direction::kBackwardWeight;
-  const int64_t copies = slices > 1 ? 1 + slices : 1;
+  const int64_t copies = packs_weight(p) + (slices > 1 ? slices : 0);
   return aligned(copies * p.weight.numel() * element_size(sums ? sum_dtype(p.dtype) : p.dtype));
 }
 
@@ -255,10 +256,11 @@ class Run {
   void backward_weight() {
     const DType sum = sum_dtype(p_.dtype);
     const int64_t weights = p_.weight.numel();
-    void* const parts = slices_ > 1 ? advance(packed_weight_, weights, sum) : packed_weight_;
-    const Matrix weight{parts, weights / p_.groups, p_.taps(), 1};
+    const bool has_slices = slices_ > 1;
+    void* const parts = advance(packed_weight_, has_slices && packs_weight(p_) ? weights : 0, sum);
+    bool in_place = !has_slices && !packs_weight(p_);
     Accumulate accumulate = Accumulate::kNo;
-    if (slices_ > 1) {  // a product need not have them all
+    if (has_slices) {  // a product need not have them all
       CONVOPS_CUDA_CHECK(cudaMemsetAsync(parts, 0, size_t(slices_ * weights * element_size(sum)),
                                          static_cast<cudaStream_t>(stream_)));
       accumulate = Accumulate::kYes;
@@ -272,16 +274,25 @@ class Run {
             matrix.batch_stride = s.images ? of.image_stride : s.length * of.pixel_stride;
           return matrix;
         };
-        gemm(p_.dtype, sum, p_.precision,
+        // A single product rounds its sums itself.
+        in_place |= p_.weight.is_contiguous() && s.count == 1 &&
+                    s.length == p_.batch() * p_.output_pixels();
+        const Matrix weight{in_place ? operands_.weight : parts, weights / p_.groups, p_.taps(), 1};
+        gemm(p_.dtype, in_place ? p_.dtype : sum, p_.precision,
              {s.count > 1 ? s.count : p_.groups, p_.group_out_channels(), p_.taps(), s.length},
              operand(output, p_.group_out_channels()), operand(columns, p_.taps()).transposed(),
              weight, accumulate);
         accumulate = Accumulate::kYes;
       });
     });
-    if (slices_ > 1)
-      add_weight_parts(packed_weight_shape(), static_cast<const float*>(parts), slices_,
-                       static_cast<float*>(packed_weight_), stream_);
+    if (in_place) return;
+    if (has_slices) {
+      const bool rounds = p_.dtype != sum;
+      add_weight_parts(rounds ? packed_weight_shape() : p_.weight, static_cast<const float*>(parts),
+                       slices_, static_cast<float*>(rounds ? packed_weight_ : operands_.weight),
+                       stream_);
+      if (!rounds) return;
+    }
     copy(p_.weight, operands_.weight, p_.dtype, packed_weight_shape(), packed_weight_, sum,
          stream_);
   }
