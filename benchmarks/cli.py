@@ -131,7 +131,7 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     library = "or any of torchvision and timm"
     some("--network", f"names: {', '.join(networks.NETWORKS)} (all), {library}", default=None)
     choices("--work", networks.WORKS, networks.WORKS, "both")
-    some("--batch", "images of a pass (1 64; cpu: 1)", type=int, default=None)
+    some("--batch", "images of a pass (64, inference 1, too; cpu: 1)", type=int, default=None)
     choices("--precision", networks.PRECISIONS, None, "all; cpu: ieee bf16")
     choices("--layout", tuple(cases.LAYOUTS), tuple(cases.LAYOUTS), "both")
     choices("--execution", networks.EXECUTIONS, ["eager"], "eager")
@@ -141,8 +141,8 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", choices=every, default="losses", help=text)
     text = "measure PyTorch with cudnn.benchmark=True, too: 0.1 to 0.5 s of search a convolution"
     boolean = argparse.BooleanOptionalAction
-    parser.add_argument("--cudnn-benchmark", action=boolean, default=True, help=text)
-    effort = measure.Effort(least=3, seconds=0.3)
+    parser.add_argument("--cudnn-benchmark", action=boolean, default=False, help=text)
+    effort = measure.Effort(least=3, seconds=0.1)
     one("--rounds", "least rounds of a case (%(default)s)", effort.least, int)
     one("--most-rounds", "most rounds of a case (%(default)s)", effort.most, int)
     one("--seconds", "time for a case's rounds (%(default)s)", effort.seconds, float)
@@ -243,7 +243,9 @@ def _suffixed(stem: Path, suffix: str) -> Path:
 def _networks(args: argparse.Namespace) -> int:
     device = _device(args)
     cuda = device.type == "cuda"
-    batches = args.batch or ([1, 64] if cuda else [1])
+    steps = list(itertools.product(args.work, args.batch or ([1, 64] if cuda else [1])))
+    if cuda and not args.batch:
+        steps = [step for step in steps if step != ("training", 1)]
     precisions = args.precision or [p for p in networks.PRECISIONS if cuda or p != "tf32"]
     screen = report.console()
     effort = measure.Effort(args.rounds, args.most_rounds, args.seconds)
@@ -262,7 +264,7 @@ def _networks(args: argparse.Namespace) -> int:
     for name in args.network or networks.NETWORKS:
         model = networks.build(name, device, args.size)
         smooth = networks.smoothed(model, device, args.size)
-        for work, batch in itertools.product(args.work, batches):
+        for work, batch in steps:
             exact = None
             for choice in itertools.product(precisions, args.layout, args.execution):
                 case = NetworkCase(name, work, batch, *choice, args.size, device)
@@ -272,10 +274,11 @@ def _networks(args: argparse.Namespace) -> int:
                 rows.append(row)
                 content["rows"].append(asdict(row))
                 screen.print(network_comparison.line(row), highlight=False, soft_wrap=True)
-                report.save_json(_suffixed(stem, "json"), content)  # a crash later loses nothing
+                # What ends the run loses nothing.
+                report.save_json(_suffixed(stem, "json"), content)
+                network_comparison.save_markdown(_suffixed(stem, "md"), content, rows)
     content["machine"]["gpu_state_after"] = machine.gpu_state(device)
     report.save_json(_suffixed(stem, "json"), content)
-    network_comparison.save_markdown(_suffixed(stem, "md"), content, rows)
     network_comparison.print_table(rows, screen)
     screen.print(f"Written: {stem}.json, .md")
     return 1 if any(row.status != OK for row in rows) else 0

@@ -118,19 +118,27 @@ def smoothed(model: nn.Module, device: torch.device, size: int) -> nn.Module:
             if isinstance(child, nn.ReLU):
                 setattr(parent, name, nn.SiLU())
             elif isinstance(child, nn.MaxPool2d):
-                pool = nn.AvgPool2d(child.kernel_size, child.stride, child.padding, child.ceil_mode)
+                pool = _MeanPool(child.kernel_size, child.stride, child.padding, child.ceil_mode)
                 setattr(parent, name, pool)
     _calibrate(model, size, device)
     return model
 
 
+class _MeanPool(nn.AvgPool2d):
+    def forward(self, images: Tensor) -> Tensor:
+        # NCHW: in channels_last both sides' gradients were off by their own length on an H200.
+        return super().forward(images.contiguous())
+
+
 def _library_model(name: str) -> nn.Module:
-    from torchvision import models
+    try:
+        from torchvision import models
 
-    if name in models.list_models():
-        return models.get_model(name, weights=None)
-    import timm
-
+        if name in models.list_models():
+            return models.get_model(name, weights=None)
+        import timm
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} is a network of torchvision or timm: {error}") from error
     if not timm.is_model(name):
         raise ValueError(f"no network is called {name!r}: not {UNET}, nor in torchvision or timm")
     return timm.create_model(name)
