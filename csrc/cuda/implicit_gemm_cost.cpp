@@ -10,31 +10,30 @@ namespace convops::cuda {
 namespace {
 
 // Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
-constexpr double kStepCycles = 10;      // between steps
-constexpr double kPromoteCycles = 368;  // to add up sums in registers
-constexpr double kDrainCycles = 468;    // from a stage to the next
-constexpr double kConvertCycles = 141;  // a pass of a group of converters
-constexpr double kCrowded = 1.06;     // times as long with the widest instruction: fewer registers
-constexpr double kTogether = 1.28;    // and where there are more warps of them
-constexpr double kCopyCycles = 1290;  // besides, where they copy cell by cell
-constexpr double kMixedCopyCycles = 2060;  // and several phases of the source mix
-constexpr double kStraddled = 1.36;        // times as long where tiles cross images
-constexpr double kMaxCycles = 79;          // of a vector that a thread looks at for the maximum
-constexpr double kStageCycles = 1820;      // of a stage, whatever its size
-constexpr double kLoadCycles = 1100;       // until a raw stage is there
-constexpr double kRowCycles = 553;         // of a row of the tile: to stage its results
-constexpr double kUnpairedRows = 2.48;     // times as long where they are staged one by one
-constexpr double kRunCycles = 150;         // of a run that is copied by itself
-constexpr double kApartCycles = 0.74;      // of a result that goes alone
-constexpr double kHalfCycles = 854;  // until half of the results has left, if both share memory
-constexpr double kJobCycles = 866;
+constexpr double kStepCycles = 10.7;       // between steps
+constexpr double kPromoteCycles = 268;     // to add up sums in registers
+constexpr double kDrainCycles = 450;       // from a stage to the next
+constexpr double kConvertCycles = 138;     // a pass of a group of converters
+constexpr double kTogether = 1.31;         // times as long where there are more warps of them
+constexpr double kCopyCycles = 1210;       // besides, where they copy cell by cell
+constexpr double kMixedCopyCycles = 1990;  // and several phases of the source mix
+constexpr double kStraddled = 1.17;        // times as long where tiles cross images
+constexpr double kMaxCycles = 93;          // of a vector that a thread looks at for the maximum
+constexpr double kStageCycles = 1600;      // of a stage, whatever its size
+constexpr double kLoadCycles = 875;        // until a raw stage is there
+constexpr double kRowCycles = 586;         // of a row of the tile: to stage its results
+constexpr double kUnpairedRows = 2.77;     // times as long where they are staged one by one
+constexpr double kRunCycles = 110;         // of a run that is copied by itself
+constexpr double kApartCycles = 2.0;       // of a result that goes alone
+constexpr double kHalfCycles = 995;  // until half of the results has left, if both share memory
+constexpr double kJobCycles = 762;
 constexpr double kOverlap = 0.373;  // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.98e9;
-constexpr double kBandwidthShare = 1.08;    // of the device's peak: kOverlap takes more than that
-constexpr double kReadSeconds = 0.046e-12;  // of a byte that blocks read, mostly from L2
-constexpr double kPackSeconds = 7.0e-12;    // of a packed weight
-constexpr double kCutBytes = 99;            // more for a chunk in two tiles of 64 channels
-constexpr double kLaunchSeconds = 19e-6;    // three kernels
+constexpr double kBandwidthShare = 1.1;      // of the device's peak: kOverlap takes more than that
+constexpr double kReadSeconds = 0.0383e-12;  // of a byte that blocks read, mostly from L2
+constexpr double kPackSeconds = 11.5e-12;    // of a packed weight
+constexpr double kCutBytes = 54.6;           // more for a chunk in two tiles of 64 channels
+constexpr double kLaunchSeconds = 23e-6;     // three kernels
 
 }  // namespace
 
@@ -72,9 +71,7 @@ double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& devi
         std::ceil(double(t.depth) * t.source_cells / gemm_converter_threads(t.columns));
     const double copy =
         (g.mixes_phases() ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddled : 1);
-    const double slowly = t.columns > kRoomyColumns  ? kCrowded
-                          : t.columns <= kFewColumns ? kTogether
-                                                     : 1;
+    const double slowly = t.columns <= kFewColumns ? kTogether : 1;
     // The vectors that a thread looks at in each box, four at a time.
     const int lanes = gemm_converter_threads(t.columns) / t.max_groups << t.max_pieces_log;
     const double vectors = double(round_up(ceil_divide(t.raw_cells, kVector * lanes), 4));
