@@ -15,7 +15,7 @@ from benchmarks.cases import LAYOUTS
 from benchmarks.contestants import torch_precision
 
 UNET = "unet"
-NETWORKS = ("resnet50", "convnext_tiny", "efficientnet_b0", "resnext50_32x4d", UNET)
+NETWORKS = ("resnet50", "convnext_tiny", "efficientnet_b0", UNET, "resnext50_32x4d")
 
 WORKS = ("inference", "training")
 EXECUTIONS = ("eager", "compile")

@@ -51,6 +51,10 @@ def conv2d(
     """
     if precision is None and algorithm is None:
         op = _conv2d_padding if isinstance(padding, str) else _conv2d
+        # torch converts argument by argument: a pair takes twice as long as a number.
+        stride, padding, dilation = _number(stride), _number(padding), _number(dilation)
+        if dilation == 1 and groups == 1:
+            return op(input, weight, bias, stride, padding)
         return op(input, weight, bias, stride, padding, dilation, groups)
     return conv2d_with(
         input,
@@ -183,6 +187,13 @@ def explicit_padding(
     height = dilation[0] * (weight.size(2) - 1)
     width = dilation[-1] * (weight.size(3) - 1)
     return [height // 2, height - height // 2, width // 2, width - width // 2]
+
+
+def _number(value: str | int | Sequence[int]) -> str | int | Sequence[int]:
+    """The number of a pair of equal ones; other values as they are."""
+    if isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]:
+        return value[0]
+    return value
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
