@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -119,7 +120,8 @@ class NetworkBench:
         try:
             with contestants.torch_precision(case.precision):
                 self._fill(row, case, model, smooth, exact)
-        except RuntimeError as error:  # out of memory: no reason to lose the other cases
+        except (RuntimeError, ValueError) as error:
+            # Out of memory, or a profile that lacks a convolution: the other cases go on.
             row.status, row.note = FAILED, first_line(error)
         finally:
             if case.execution == "compile":
@@ -245,12 +247,32 @@ def losses(row: NetworkRow) -> list[str]:
     return lines
 
 
+def summary(rows: list[NetworkRow]) -> list[str]:
+    """Geometric mean and worst ratio over the networks, of each kind of pass."""
+    groups: dict[tuple[str, ...], list[NetworkRow]] = {}
+    for row in rows:
+        if row.ratio:
+            kind = row.work, f"batch {row.batch}", row.precision, row.layout, row.execution
+            groups.setdefault(kind, []).append(row)
+    lines = []
+    for kind, group in groups.items():
+        mean = statistics.geometric_mean(row.ratio for row in group)
+        worst = min(group, key=lambda row: row.ratio)
+        lines.append(
+            f"{', '.join(kind)}: ratio {mean:.2f} in the geometric mean of {len(group)}, "
+            f"least {worst.ratio:.2f} ({worst.network})"
+        )
+    return lines
+
+
 def print_table(rows: list[NetworkRow], to: Console) -> None:
     headings = _headings(rows)
     table = Table(*headings, header_style="bold")
     for row in rows:
         table.add_row(*_cells(row, headings), style=None if row.status == OK else "red")
     to.print(table)
+    for text in summary(rows):
+        to.print(text)
 
 
 def save_markdown(path: Path, content: dict[str, Any], rows: list[NetworkRow]) -> None:
@@ -265,6 +287,8 @@ def save_markdown(path: Path, content: dict[str, Any], rows: list[NetworkRow]) -
         "Milliseconds of a pass, host time included. ratio: the better rival's median time over "
         "conv_ops'. error: relative Frobenius error against float64, of gradients the largest of "
         "any convolution's weight. docs/benchmarking.md tells how.",
+        "",
+        *(f"- {text}" for text in summary(rows)),
         "",
         f"Slower than the better rival: {len(slower)} of {len(ratios)}, the worst first, with the "
         "layers (device time) that lose most:"

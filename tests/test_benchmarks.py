@@ -135,6 +135,11 @@ def test_networks(tmp_path: Path) -> None:
                 assert layer["algorithms"] and layer["ours_ms"] > 0 and layer["theirs_ms"] > 0
         losses = [layer["ours_ms"] - layer["theirs_ms"] for layer in row["layers"]]
         assert losses == sorted(losses, reverse=True)
+    (table,) = tmp_path.glob("*.md")
+    written = table.read_text()
+    table.unlink()
+    assert run("report", str(next(tmp_path.glob("*.json")))).returncode == 0
+    assert table.read_text() == written
 
 
 def test_a_network_that_computes_something_else_is_wrong(tmp_path: Path) -> None:
