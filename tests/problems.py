@@ -352,6 +352,14 @@ DEPTHWISE_TILES = [
     Problem("depthwise_many_images", 45, 3, 14, 13, 3, (7, 7), padding=(3, 3), groups=3),
     Problem("depthwise_4x7", 5, 3, 19, 16, 6, (4, 7), (3, 2), (1, 3), groups=3),
     Problem("depthwise_6x8", 2, 3, 9, 40, 3, (6, 8), padding=(2, 3), groups=3),
+    # Backward-weight by rows: several ranges of lines a warp, one, parts of rows; columns by fours,
+    # pairs and one.
+    Problem("rows_of_28", 9, 5, 28, 28, 5, (3, 3), padding=(1, 1), groups=5),
+    Problem("rows_of_28_s2", 9, 5, 30, 28, 5, (5, 5), (2, 2), (2, 2), groups=5),
+    Problem("rows_of_200", 2, 3, 19, 200, 6, (5, 5), padding=(4, 2), groups=3),
+    Problem("rows_of_264_s2", 2, 3, 25, 264, 3, (3, 3), (2, 2), (1, 1), groups=3),
+    Problem("rows_of_14", 17, 3, 14, 14, 3, (5, 5), padding=(2, 2), groups=3),
+    Problem("rows_of_14_s2", 17, 3, 14, 14, 3, (3, 3), (2, 2), (1, 1), groups=3),
     # Whole planes in shared memory: one and several a block, rows copied by four, two and one.
     Problem("planes_of_13", 3, 5, 13, 13, 5, (3, 3), padding=(1, 1), groups=5, bias=True),
     Problem("planes_of_10_7x7", 2, 4, 10, 22, 4, (7, 7), padding=(3, 3), groups=4),

@@ -212,7 +212,7 @@ LEAST_CASES = {
     "depthwise": {**HALVES, **PIXELS, "multiplied": 100, "dilated": 150, "kernels": 52},
     "depthwise_strips": {**HALVES, **PIXELS, "float64": 100, "kernels": 74},
     "depthwise_planes": {**PIXELS, **SMALL, "kernels": 6},
-    "depthwise_weight": {**HALVES, **PARTS, "multiplied": 120, "dilated": 200, "kernels": 39},
+    "depthwise_weight": {**HALVES, **PARTS, "multiplied": 120, "dilated": 200, "kernels": 62},
     "depthwise_large": {**HALVES, **PIXELS, **PARTS, "kernels": 22},
     "depthwise_channels_last": {**HALVES, **PIXELS, **PARTS, "kernels": 58},
     "grouped": {**PIXELS, "kernels": 20},

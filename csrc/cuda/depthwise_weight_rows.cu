@@ -1,6 +1,7 @@
-// Backward-weight of 3×3 and 5×5 where rows are vectors: they go from global memory straight to
-// registers, some steps before they are used, and what neighbours share goes from lane to lane. No
-// shared memory, no barriers: nothing but registers bounds the bytes on the way.
+// Backward-weight of 3×3, 5×5 and 7×7 where rows are vectors: they go from global memory straight
+// to registers, some steps before they are used, and what neighbours share goes from lane to lane.
+// Neither shared memory nor barriers until a block ends: registers alone bound the bytes on the
+// way.
 //
 //   lane    a strip: kColumns columns of grad_output and the input's columns under them. It walks
 //           down, kStride rows of the input and one of grad_output a step, and keeps one sum a tap
@@ -11,6 +12,7 @@
 //           where they are long: then with a lane more at each side that reads for its neighbour.
 //   block   ranges of one channel. Its sums are a partial sum of every tap, or the result.
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "cuda/check.h"
@@ -23,15 +25,20 @@
 namespace convops::cuda::depthwise_weight {
 namespace {
 
-// Padding of half the kernel. kBlocks: that registers leave a multiprocessor.
-template <int kSize_, int kStride_, int kColumns_, int kBlocks_>
+// Padding of half the kernel. kAhead: steps from a row's load to its use, kOpen or 1; kBlocks: that
+// registers leave a multiprocessor.
+template <int kSize_, int kStride_, int kColumns_, int kAhead_, int kBlocks_>
 struct RowWindow {
   static constexpr int kSize = kSize_, kStride = kStride_, kTaps = kSize * kSize;
   static constexpr int kColumns = kColumns_, kReads = kColumns * kStride;
-  static constexpr int kOpen = 1 + (kSize - 1) / kStride;
+  static constexpr int kOpen = 1 + (kSize - 1) / kStride, kAhead = kAhead_;
+  static_assert(kOpen % kAhead == 0);
   // Of a row, from the lanes beside.
   static constexpr int kLeft = kSize / 2, kRight = kSize - kStride - kLeft;
   static_assert(kLeft <= kReads && kRight <= kReads);
+  // Large problems of float32 are faster by tiles: where there is hardly anything but products, and
+  // where lanes read little.
+  static constexpr bool kSmallOnly = kSize == 7 || (kSize == 5 && kStride == 2 && kColumns == 1);
   static constexpr int kBlocks =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
       1;  // ptxas fits registers for 9.0 and may spill for others
@@ -199,21 +206,20 @@ __global__ void __launch_bounds__(kMaxThreads, W::kBlocks)
   const bool first = at.strip == 0, last = at.strip == p.cut.strips - 1;
   float sums[W::kTaps] = {}, gradients[W::kOpen][W::kColumns] = {};
   RowReader<W, T> reader(p, at, input, grad);
-  Rows<W, T> ahead[W::kOpen];
+  Rows<W, T> ahead[W::kAhead];
 #pragma unroll
-  for (int i = 0; i < W::kOpen; ++i) reader.read(ahead[i], i);
+  for (int i = 0; i < W::kAhead; ++i) reader.read(ahead[i], i);
   const int steps = p.cut.lines + W::kOpen - 1;
 #pragma unroll 1
   for (int step = 0; step < steps; step += W::kOpen) {
 #pragma unroll
-    for (int phase = 0; phase < W::kOpen;
-         ++phase) {  // the rows of zeros behind the last do no harm
-      ahead[phase].grad.unpack(gradients[phase]);
+    for (int phase = 0; phase < W::kOpen; ++phase) {  // beyond the last step are zeros
+      Rows<W, T>& next = ahead[phase % W::kAhead];
+      next.grad.unpack(gradients[phase]);
       float rows[W::kStride][W::kLeft + W::kReads + W::kRight];
 #pragma unroll
-      for (int i = 0; i < W::kStride; ++i)
-        gather_row<W>(ahead[phase].input[i], first, last, rows[i]);
-      reader.read(ahead[phase], step + phase + W::kOpen);
+      for (int i = 0; i < W::kStride; ++i) gather_row<W>(next.input[i], first, last, rows[i]);
+      reader.read(next, step + phase + W::kAhead);
 #pragma unroll
       for (int kh = 0; kh < W::kSize; ++kh)
 #pragma unroll
@@ -248,10 +254,10 @@ __global__ void __launch_bounds__(kMaxThreads, W::kBlocks)
   }
 }
 
-// No sum of a lane has more products.
+// No sum of a lane has many more products, if there is workspace.
 constexpr int64_t kMostProducts = 512;
 
-// Cuts the lines such that the waves of blocks walk the fewest.
+// Cuts the lines such that the blocks end soonest.
 template <typename W>
 Cut cut_problem(const ConvProblem& p, const Device& device, int64_t most_chunks) {
   const int64_t strips = p.output.size[3] / W::kColumns;
@@ -261,7 +267,10 @@ Cut cut_problem(const ConvProblem& p, const Device& device, int64_t most_chunks)
   const int64_t height = p.output.size[2] + W::kOpen - 1, all_lines = p.batch() * height;
   const int64_t slots = int64_t{device.processors} * W::kBlocks;
   // What a block takes to begin and end, in steps.
-  constexpr int64_t kBlockSteps = 12, kMostTried = 64;
+  constexpr double kBlockSteps = 12;
+  constexpr int64_t kMostTried = 64;
+  // Of a wave's blocks, so many keep memory busy: where there are more, they wait for each other.
+  const double busy_share = p.dtype == DType::kFloat32 ? 0.7 : 1;
   const int64_t most_lines = kMostProducts / W::kColumns;
   const auto lines_of = [&](int64_t chunks) {
     const int64_t ranges_of_channel = std::max<int64_t>(1, chunks * kMaxWarps * ranges / segments);
@@ -271,12 +280,15 @@ Cut cut_problem(const ConvProblem& p, const Device& device, int64_t most_chunks)
   };
   const int64_t least =
       std::max<int64_t>(1, ceil_divide(all_lines * segments, kMaxWarps * ranges * most_lines));
-  int64_t chunks = least, fewest = INT64_MAX;
+  int64_t chunks = least;
+  double fewest = INFINITY;
   for (int64_t tried = least; tried < least + kMostTried; ++tried) {
-    const int64_t waves = ceil_divide(p.out_channels() * tried, slots);
-    const int64_t cost = waves * (lines_of(tried) + W::kOpen - 1 + kBlockSteps);
-    if (cost < fewest) {
-      fewest = cost;
+    const int64_t blocks = p.out_channels() * tried, waves = ceil_divide(blocks, slots);
+    const double share = std::clamp(double(blocks) / double(slots), busy_share, 1.0);
+    const double steps =
+        double(waves) * share * (double(lines_of(tried) + W::kOpen - 1) + kBlockSteps);
+    if (steps < fewest) {
+      fewest = steps;
       chunks = tried;
     }
   }
@@ -331,19 +343,26 @@ bool has_vectors(const ConvProblem& p, const void* input, const void* grad) {
          aligned(p.output, grad, W::kColumns);
 }
 
-using RowWindows = std::tuple<RowWindow<3, 1, 4, 8>, RowWindow<5, 1, 4, 4>, RowWindow<3, 2, 2, 8>,
-                              RowWindow<5, 2, 2, 5>>;
+// The most columns first.
+using RowWindows =
+    std::tuple<RowWindow<3, 1, 4, 3, 8>, RowWindow<3, 1, 2, 3, 8>, RowWindow<5, 1, 4, 5, 4>,
+               RowWindow<5, 1, 2, 5, 4>, RowWindow<7, 1, 4, 1, 3>, RowWindow<3, 2, 2, 2, 8>,
+               RowWindow<3, 2, 1, 2, 8>, RowWindow<5, 2, 2, 3, 5>, RowWindow<5, 2, 1, 3, 5>,
+               RowWindow<7, 2, 2, 2, 3>>;
 
 // Calls f(window) with the kernel's constants; false if tiles are for the problem.
 template <typename F>
-bool with_row_window(const ConvProblem& p, const Operands& operands, F&& f) {
+bool with_row_window(const ConvProblem& p, const Operands& operands, const Device& device, F&& f) {
+  // Up to which tiles are never faster; of a multiprocessor.
+  constexpr double kFewProducts = 225 * 1024;
+  const bool few = p.dtype != DType::kFloat32 || p.flops() <= 2 * kFewProducts * device.processors;
   const auto matches = [&](auto window) {
     using W = decltype(window);
     const int64_t lines = p.batch() * (p.output.size[2] + W::kOpen - 1);
-    return p.kernel().h == W::kSize && p.kernel().w == W::kSize && p.stride.h == W::kStride &&
-           p.stride.w == W::kStride && !p.is_dilated() && p.padding.w == W::kSize / 2 &&
-           p.input.size[3] == p.output.size[3] * W::kStride && lines > 0 &&
-           lines * p.output.size[3] <= INT32_MAX &&
+    return (few || !W::kSmallOnly) && p.kernel().h == W::kSize && p.kernel().w == W::kSize &&
+           p.stride.h == W::kStride && p.stride.w == W::kStride && !p.is_dilated() &&
+           p.padding.w == W::kSize / 2 && p.input.size[3] == p.output.size[3] * W::kStride &&
+           lines > 0 && lines * p.output.size[3] <= INT32_MAX &&
            has_vectors<W>(p, operands.input, operands.output);
   };
   return std::apply(
@@ -353,9 +372,13 @@ bool with_row_window(const ConvProblem& p, const Operands& operands, F&& f) {
 
 }  // namespace
 
+bool takes_rows(const ConvProblem& p, const Device& device) {
+  return with_row_window(p, Operands{}, device, [](auto) {});
+}
+
 int64_t rows_workspace(const ConvProblem& p, const Device& device) {
   int64_t chunks = 0;
-  with_row_window(p, Operands{}, [&](auto window) {
+  with_row_window(p, Operands{}, device, [&](auto window) {
     chunks = cut_problem<decltype(window)>(p, device, INT64_MAX).chunks;
   });
   return chunks > 1 ? chunks * chunk_bytes(p) : 0;
@@ -363,7 +386,7 @@ int64_t rows_workspace(const ConvProblem& p, const Device& device) {
 
 bool run_rows(const ConvProblem& p, const Operands& operands, const Execution& execution) {
   bool launched = false;
-  with_row_window(p, operands, [&](auto window) {
+  with_row_window(p, operands, *execution.device, [&](auto window) {
     dispatch(p.dtype, [&](auto tag) {
       if constexpr (sizeof(tag) < 8)
         launched = launch<decltype(window), decltype(tag)>(p, operands, execution);

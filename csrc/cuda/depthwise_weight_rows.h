@@ -5,6 +5,8 @@
 
 namespace convops::cuda::depthwise_weight {
 
+// Whether rows are for the problem; tiles take it where the operands are not aligned.
+bool takes_rows(const ConvProblem& problem, const Device& device);
 // Bytes of workspace that help.
 int64_t rows_workspace(const ConvProblem& problem, const Device& device);
 // False where they are, or the operands are not aligned; then nothing has been launched.
