@@ -47,6 +47,36 @@ struct Grid {
   Divisor channel_tiles, column_tiles, strips;
 };
 
+// A thread's patch: its first position and channel.
+struct Place {
+  int image, row, column, channel;
+  int block_vector;  // the block's first vector of channels
+
+  template <typename W>
+  static __device__ __forceinline__ Place of_thread(const Grid& grid) {
+    const int line = grid.channel_tiles.quotient(blockIdx.x),
+              strips = grid.column_tiles.quotient(line), image = grid.strips.quotient(strips);
+    const int vector = grid.channel_tiles.remainder(blockIdx.x) * blockDim.x;
+    const int columns = (line - strips * int(grid.column_tiles.value)) * blockDim.y,
+              rows = (strips - image * int(grid.strips.value)) * blockDim.z;
+    return {image, (rows + int(threadIdx.z)) * W::kRows, (columns + int(threadIdx.y)) * W::kColumns,
+            (vector + int(threadIdx.x)) * kPatchChannels, vector};
+  }
+};
+
+// Computes a thread's results once more by the definition; `taps` are those of its channels. It
+// finds its place anew, so that the registers that would remember it are free for the loads.
+template <typename W, typename T>
+__device__ __noinline__ void store_patch_by_definition(const Pixels& p, const Grid& grid,
+                                                       const T* taps, const T* source, T* result) {
+  const Place at = Place::of_thread<W>(grid);
+#pragma unroll 1
+  for (int v = 0; v < kPatchChannels; ++v)
+    store_by_definition<W, false>(
+        p, Tile{0, 0, at.row, at.image}, at.column, at.channel + v,
+        [&](int tap) { return convert<float>(taps[v * W::kTaps + tap]); }, 0.0f, source, result);
+}
+
 template <typename W, typename T, bool kBackward>
 __global__ void __launch_bounds__(kMostThreads, W::kBlocks)
     patches_kernel(const __grid_constant__ Pixels p, const __grid_constant__ Grid grid,
@@ -60,13 +90,7 @@ __global__ void __launch_bounds__(kMostThreads, W::kBlocks)
   extern __shared__ uint4 shared[];
   Vector* const weights = reinterpret_cast<Vector*>(shared);
 
-  const int line = grid.channel_tiles.quotient(blockIdx.x),
-            strips = grid.column_tiles.quotient(line), image = grid.strips.quotient(strips);
-  const int vector = grid.channel_tiles.remainder(blockIdx.x) * blockDim.x;  // the block's first
-  const int channel = (vector + threadIdx.x) * kV;
-  const int column =
-      ((line - strips * int(grid.column_tiles.value)) * blockDim.y + threadIdx.y) * W::kColumns;
-  const int row = ((strips - image * int(grid.strips.value)) * blockDim.z + threadIdx.z) * W::kRows;
+  const auto [image, row, column, channel, vector] = Place::of_thread<W>(grid);
 
   const int chunks = min(int(blockDim.x), p.channels / kV - vector) * W::kTaps;
   for (int i = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x; i < chunks;
@@ -120,7 +144,7 @@ __global__ void __launch_bounds__(kMostThreads, W::kBlocks)
       }
 
   if (channel >= p.channels) return;
-  if (bias)  // not before: until here the registers are full
+  if (!kBackward && bias)  // not before: until here the registers are full
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
       const float shift = convert<float>(bias[(channel + v) * p.bias_stride]);
@@ -138,17 +162,14 @@ __global__ void __launch_bounds__(kMostThreads, W::kBlocks)
                    true, sums[i]);
 
   if constexpr (kBackward) {
-    // The zeros around the source do not count.
+    // The zeros around the source do not count, but an infinite weight has made NaN of them.
     float zero = 0;
 #pragma unroll
-    for (int i = 0; i < W::kTaps * kV; ++i) zero += weight_of(i / kV, i % kV) * 0.0f;
+    for (int i = 0; i < W::kRows * W::kColumns * kV; ++i)
+      zero += sums[i / kV / W::kColumns][i / kV % W::kColumns][i % kV] * 0.0f;
     if (zero == 0) return;
-    const T* const place = reinterpret_cast<const T*>(weights) + threadIdx.x * kV * W::kTaps;
-#pragma unroll 1
-    for (int v = 0; v < kV; ++v)
-      store_by_definition<W, false>(
-          p, Tile{0, 0, row, image}, column, channel + v,
-          [&](int tap) { return convert<float>(place[v * W::kTaps + tap]); }, 0.0f, source, result);
+    store_patch_by_definition<W>(
+        p, grid, reinterpret_cast<const T*>(weights) + threadIdx.x * kV * W::kTaps, source, result);
   }
 }
 
@@ -205,11 +226,9 @@ Patches which_patches(const ConvProblem& p, const Device& device) {
   if (p.flops() <= 2 * kFewProducts * device.processors &&
       with_window(p, nothing, SmallPatches<float>{}))
     return Patches::kSmall;
-  // Of 16 bits walks are faster, and of backward-input of stride 1, whose loads ptxas makes wait.
-  const bool waits = Pixels::backward(p) && p.stride.h == 1;
-  return p.dtype == DType::kFloat32 && !waits && with_window(p, nothing, LargePatches{})
-             ? Patches::kLarge
-             : Patches::kNone;
+  // Of 16 bits walks are faster.
+  return p.dtype == DType::kFloat32 && with_window(p, nothing, LargePatches{}) ? Patches::kLarge
+                                                                               : Patches::kNone;
 }
 
 bool run_patches(const ConvProblem& p, const Operands& operands, const Execution& execution) {
