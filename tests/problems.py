@@ -360,6 +360,8 @@ DEPTHWISE_TILES = [
     Problem("rows_of_264_s2", 2, 3, 25, 264, 3, (3, 3), (2, 2), (1, 1), groups=3),
     Problem("rows_of_14", 17, 3, 14, 14, 3, (5, 5), padding=(2, 2), groups=3),
     Problem("rows_of_14_s2", 17, 3, 14, 14, 3, (3, 3), (2, 2), (1, 1), groups=3),
+    Problem("rows_of_28_7x7", 3, 5, 28, 28, 5, (7, 7), padding=(3, 3), groups=5),
+    Problem("rows_of_56_7x7_s2", 2, 3, 57, 56, 6, (7, 7), (2, 2), (3, 3), groups=3),
     # Whole planes in shared memory: one and several a block, rows copied by four, two and one.
     Problem("planes_of_13", 3, 5, 13, 13, 5, (3, 3), padding=(1, 1), groups=5, bias=True),
     Problem("planes_of_10_7x7", 2, 4, 10, 22, 4, (7, 7), padding=(3, 3), groups=4),
