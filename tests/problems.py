@@ -267,6 +267,11 @@ WIDE = [
     Problem("snug_rows_of_334", 2, 8, 18, 334, 24, (4, 4), (2, 2), (1, 1)),
     Problem("snug_from_2_places", 2, 24, 18, 54, 40, (4, 3), (2, 2), (1, 1)),
     Problem("snug_from_4_places", 2, 8, 20, 87, 24, (7, 3), (4, 1), (1, 1), bias=True),
+    # Rows that share a stage of backward-weight's, channels that begin in several places.
+    Problem("rows_of_13", 4, 19, 30, 13, 68, (3, 3), padding=(1, 1)),
+    Problem("rows_of_27", 2, 24, 21, 27, 132, (5, 5), padding=(2, 2)),
+    Problem("pointwise_rows_joined", 2, 70, 24, 22, 132, (1, 1)),
+    Problem("pointwise_patches", 2, 3, 24, 40, 72, (4, 4), (4, 4)),
 ]
 
 # A few channels in each of several groups: fewer than a tile of 8, several groups to a tile, more

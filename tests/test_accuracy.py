@@ -343,6 +343,10 @@ WEIGHT_DATA: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
         Problem("dense", 2, 24, 16, 100, 40, (3, 3), padding=(1, 1)),
         Problem("dilated", 2, 20, 22, 44, 72, (5, 7), padding=(4, 3), dilation=(2, 1)),
         Problem("grouped", 2, 32, 12, 30, 48, (3, 3), groups=2),
+        Problem("pointwise", 2, 72, 12, 30, 136, (1, 1)),
+        Problem("strided", 2, 5, 37, 61, 40, (7, 7), (2, 2), (3, 3)),
+        Problem("narrow", 2, 20, 18, 14, 72, (3, 3), padding=(1, 1)),
+        Problem("narrow_odd", 2, 20, 23, 27, 40, (3, 5), padding=(1, 2)),
     ],
     ids=lambda p: p.name,
 )

@@ -13,56 +13,99 @@ namespace convops::cuda {
 // Pixels of a row of grad_output that are multiplied at once, a stage: six steps of 16, after which
 // sums leave the tensor cores (promoted_steps).
 inline constexpr int kStagePixels = 96;
-// Floats of such a row as it is copied: what lies before it in its 16 bytes, too; and a consumer's
-// 8 rows × 4 pairs lie in different banks.
-inline constexpr int kRawPitch = kStagePixels + 8;
-static_assert(kRawPitch % 32 == 8 && kRawPitch >= kStagePixels + kVector);
-inline constexpr int kReach = 8;        // columns of the input by which a tile's taps reach further
-inline constexpr int kMaxRowKinds = 4;  // of rows, by where they begin in 16 bytes
+inline constexpr int kStepPixels = 16;
+inline constexpr int kReach = 8;  // columns of the input by which a tile's taps reach further
+// From a row to the next in memory: floats of grad_output, which begin with what lies before the
+// row in its 16 bytes, and cells of the input. Of grad_output the 4 rows × 4 pairs that half a warp
+// reads at once lie in different banks, as the pitch is an odd multiple of 8.
+constexpr int weight_pitch(int pixels) { return pixels + kReach; }
+inline constexpr int kMostPitch = weight_pitch(kStagePixels);
+static_assert(kReach >= kVector && kReach % 16 == 8 && kStepPixels % 16 == 0);
+inline constexpr int kMaxGradKinds = kVector;  // of rows, by where they begin in 16 bytes
+inline constexpr int kMaxRing = 16;            // slots of rows of the input
 
 // The taps that a block sums, `kernel_h × kernel_w` of them, for `octets` · 8 channels in each
 // warpgroup. Its warpgroups share channels and have 64 out channels each (`wide`), or share out
-// channels and have `octets` each.
+// channels and have `octets` each. In place of rows of taps there may be `layers` of channels. Rows
+// may share a stage, and have strides, where that is `narrow` or has layers.
 struct WeightTile {
-  int kernel_h, kernel_w, octets;
-  bool wide;
+  int kernel_h, kernel_w, octets, layers;
+  bool wide, narrow;
 
+  // That a slot of the ring holds of a row, and that are summed.
+  CONVOPS_HOST_DEVICE constexpr int slot_channels() const {
+    return (wide ? 1 : 2) * octets * kOctet;
+  }
+  CONVOPS_HOST_DEVICE constexpr int channels() const { return layers * slot_channels(); }
   CONVOPS_HOST_DEVICE constexpr int out_channels() const { return wide ? 128 : 64; }
-  CONVOPS_HOST_DEVICE constexpr int channels() const { return (wide ? 1 : 2) * octets * kOctet; }
+  // Slots that an instruction multiplies, rows of taps or layers; those that are stored once more
+  // behind the ring's last, so that any window of slots which follow each other do so in memory
+  // (layers are all new in every stage: their windows have places of their own); and whole ones in
+  // shared memory, for two windows or for two rows more than one.
+  constexpr int window() const { return kernel_h * layers; }
+  constexpr int mirrored() const { return layers > 1 ? 0 : window() - 1; }
+  constexpr int slots() const { return layers > 1 ? 2 * window() : window() + 2 + mirrored(); }
   constexpr bool operator==(const WeightTile&) const = default;
 };
 
-// There are kernels for these. Sums and totals, octets · 4 · kernel_h · kernel_w floats each, are
-// in a thread's registers; an instruction has kernel_h · octets · 8 columns.
-inline constexpr WeightTile kWeightTiles[] = {{3, 3, 2, true}, {5, 3, 1, true}, {5, 3, 1, false}};
+// There are kernels for these. Sums and totals, octets · 4 · kernel_h · layers · kernel_w floats
+// each, are in a thread's registers; an instruction has kernel_h · layers · octets · 8 columns.
+inline constexpr WeightTile kWeightTiles[] = {
+    {3, 3, 2, 1, true, false}, {5, 3, 1, 1, true, false}, {5, 3, 1, 1, false, false},
+    {3, 3, 2, 1, true, true},  {5, 3, 1, 1, false, true}, {1, 1, 2, 4, true, false}};
 
+// A stride s makes s phases of rows and of columns: channel k of the sum is (channel, phase), row y
+// of phase i is row s · y + i - padding of the input, and its tap t is row s · t + i of the kernel,
+// where there is one.
 struct WeightGemm {
-  // Sizes of a group, and of the tensors; strides in floats.
+  // Sizes of a group, `channels` of the sum, and of the tensors; strides in floats.
   int groups, channels, out_channels;
   int height, width, out_height, out_width;
-  int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
+  int kernel_h, kernel_w;  // of the weight
+  int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int phases_h, phases_w;                            // that have a tap
+  Divisor by_phases, by_phases_w;                    // of both together, and the columns'
   int64_t image_stride, channel_stride, row_stride;  // of the input
   // Blocks of channels, out channels and taps; segments of a row; parts that K is split into.
   int channel_tiles, out_channel_tiles, taps_h, taps_w, segments, splits;
   int64_t rows;  // of grad_output in all segments of all images: what is split
-  int row_kinds;
-  int row_begins[kMaxRowKinds];  // floats before a row of the kind in its box
-  float smallest;                // GemmProblem::smallest
+  // Rows narrower than half a stage share it. Slots are as many as there is memory for.
+  int pitch, stage_rows, ring;
+  // Of channels and of rows, which together make kinds of places to begin, and floats before a
+  // row of the kind in its box. The out channels of a tile are ordered by kinds.
+  int channel_kinds, row_kinds;
+  int row_begins[kMaxGradKinds * kMaxGradKinds];
+  float smallest;  // GemmProblem::smallest
 
   CONVOPS_HOST_DEVICE int tiles() const {
     return channel_tiles * out_channel_tiles * taps_h * taps_w * groups;
   }
+  CONVOPS_HOST_DEVICE int phases() const { return phases_h * phases_w; }
+  CONVOPS_HOST_DEVICE int group_channels() const { return by_phases.quotient(channels); }
   CONVOPS_HOST_DEVICE int64_t weights() const {
-    return int64_t(groups) * out_channels * channels * kernel_h * kernel_w;
+    return int64_t(groups) * out_channels * group_channels() * kernel_h * kernel_w;
+  }
+  // Where the sum of channel k for a tap is in a part; -1 where the weight has no such element.
+  CONVOPS_HOST_DEVICE int64_t weight(int group, int out_channel, int k, int tap_h,
+                                     int tap_w) const {
+    const int channel = by_phases.quotient(k), phase = k - channel * phases();
+    const int phase_h = by_phases_w.quotient(phase);
+    const int h = tap_h * stride_h + phase_h;
+    const int w = tap_w * stride_w + phase - phase_h * phases_w;
+    if (out_channel >= out_channels || k >= channels || h >= kernel_h || w >= kernel_w) return -1;
+    return ((int64_t(group * out_channels + out_channel) * group_channels() + channel) * kernel_h +
+            h) *
+               kernel_w +
+           w;
   }
 };
 
 struct WeightOperands {
   const float* input;
   const float* grad;
-  float* partial;                  // [split][weight]
-  uint8_t* bad_blocks;             // not 0: fp16 cannot hold what the block reads
-  CUtensorMap maps[kMaxRowKinds];  // of grad_output
+  float* partial;                                   // [split][weight]
+  uint8_t* bad_blocks;                              // not 0: fp16 cannot hold what the block reads
+  CUtensorMap maps[kMaxGradKinds * kMaxGradKinds];  // of grad_output
 };
 
 // On the stream, each launch checked: zeros `bad_blocks`, sums all parts, and again by fused

@@ -15,25 +15,31 @@ class Loader {
   __device__ Loader(const WeightGemm& g, const Place& place)
       : row_(g, place), channel_(place.group * g.out_channels + place.out_channel) {}
 
-  // The next row, if there is one, by one thread.
+  // The next stage, if there is one, by one thread.
   __device__ void load(const WeightGemm& g, const WeightOperands& operands, Header& header,
                        uint8_t* raw) {
     if (row_.done()) return;
     uint64_t* const full = &header.raw_full[stage_.index];
     ptx::barrier_wait(&header.raw_empty[stage_.index], stage_.parity ^ 1);
-    ptx::expect_bytes(full, T::kRawBytes);
-    const int kind = row_.y % g.row_kinds;
-    const int32_t at[4] = {row_.x, row_.y / g.row_kinds, channel_, row_.image};
-    ptx::copy_box(raw + stage_.index * T::kRawBytes, &operands.maps[kind], at, full);
+    const int channel_kinds = T::channel_kinds(g);
+    const int box_bytes = T::kTile.out_channels() / channel_kinds * T::pitch(g) * 4;
+    uint8_t* to = raw + stage_.index * T::kRawBytes;
+    for (int i = 0; i < T::stage_rows(g) && !row_.done(); ++i, row_.next(g)) {
+      const int32_t at[4] = {row_.x, row_.y / g.row_kinds, channel_ / channel_kinds, row_.image};
+      for (int kind = row_.y % g.row_kinds; kind < channel_kinds * g.row_kinds;
+           kind += g.row_kinds, to += box_bytes) {
+        ptx::expect_bytes(full, box_bytes);
+        ptx::copy_box(to, &operands.maps[kind], at, full);
+      }
+    }
     ptx::barrier_arrive(full);
-    stage_.next();
-    row_.next(g);
+    stage_.next(T::kStages);
   }
 
  private:
   Rows row_;
   int channel_;
-  Stage<T::kStages> stage_;
+  Stage stage_;
 };
 
 // Reduces the lanes' m[0 .. kCount - 1] over groups of eight lanes: lane i of a group gets the
@@ -55,42 +61,42 @@ __device__ __forceinline__ float scatter_max(float (&m)[kCount], int lane) {
   return m[0];
 }
 
-// Finds the largest of every out channel's row, eight lanes together, and gives it a scale.
-// Neighbours of the row's that are in its first and last 16 bytes count too, NaNs do not: consumers
+// Finds the largest of every out channel's in a stage, eight lanes together, and gives it a scale.
+// Neighbours of a row's that are in its first and last 16 bytes count too, NaNs do not: consumers
 // see them. The first thread is the loader: it copies a row when its stage is free, which is when
 // the consumers have done the row before the one that has just got its scales. (Not to wait there,
 // and copy when a stage is next found free, takes kb55 in tf32 from 2.28 to 4.14 ms.)
 template <typename T>
 __device__ __forceinline__ void run_scalers(const WeightGemm& g, const WeightOperands& operands,
                                             const Place& place, Header& header, uint8_t* raw) {
-  constexpr int kLanes = 8, kGroups = kScalerWarps * kWarp / kLanes;
-  constexpr int kVectors = kStagePixels / kVector / kLanes;
-  static_assert(kVectors * kVector * kLanes == kStagePixels);
+  constexpr int kLanes = 8, kGroups = T::kScalerWarps * kWarp / kLanes;
   constexpr int kCount = T::kTile.out_channels() / kGroups;  // rows of a group
   static_assert(kCount * kGroups == T::kTile.out_channels() && kCount <= kLanes);
-  const int thread = int(threadIdx.x) - kScalers * kWarp;
+  const int thread = int(threadIdx.x) - T::kScalers * kWarp;
   const int lane = thread % kLanes, first = thread / kLanes * kCount;
   Loader<T> loader(g, place);
   if (thread == 0)
     for (int i = 0; i < T::kStages - 1; ++i) loader.load(g, operands, header, raw);
   bool fits = true;
-  Stage<T::kStages> stage;
-  const int rows = int(place.end - place.begin);
-  for (int row = 0; row < rows; ++row, stage.next()) {
+  Stage stage;
+  const int stage_rows = T::stage_rows(g);
+  const int pitch = T::pitch(g) / kVector, last = pitch - kReach / kVector;  // in vectors
+  for (int left = int(place.end - place.begin); left > 0;
+       left -= stage_rows, stage.next(T::kStages)) {
     ptx::barrier_wait(&header.raw_full[stage.index], stage.parity);
-    const float4* from = reinterpret_cast<const float4*>(raw + stage.index * T::kRawBytes) +
-                         first * (kRawPitch / kVector);
-    float largest[kCount];
+    const float4* from =
+        reinterpret_cast<const float4*>(raw + stage.index * T::kRawBytes) + first * pitch;
+    float largest[kCount] = {};
+    for (int box = min(left, stage_rows); box > 0; --box, from += T::kTile.out_channels() * pitch)
 #pragma unroll
-    for (int i = 0; i < kCount; ++i, from += kRawPitch / kVector) {
-      largest[i] = 0;
+      for (int j = 0; j <= kStagePixels / kVector / kLanes; ++j) {
+        if (j * kLanes > last) break;
+        const float4* at = from + min(j * kLanes + lane, last);
 #pragma unroll
-      for (int j = 0; j <= kVectors; ++j) {  // the last is the same for all lanes
-        const float4 v = from[j * kLanes + (j < kVectors ? lane : 0)];
-        largest[i] =
-            fmaxf(fmaxf(largest[i], fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
+        for (int i = 0; i < kCount; ++i, at += pitch)
+          largest[i] = fmaxf(fmaxf(largest[i], fmaxf(fabsf(at->x), fabsf(at->y))),
+                             fmaxf(fabsf(at->z), fabsf(at->w)));
       }
-    }
     const Scale scale = choose_scale(__float_as_uint(scatter_max(largest, lane)));
     fits &= scale.fits;
     if (lane < kCount)
@@ -101,45 +107,100 @@ __device__ __forceinline__ void run_scalers(const WeightGemm& g, const WeightOpe
   if (!fits) operands.bad_blocks[blockIdx.x] = 1;
 }
 
-// Each thread has a column of the rows: copies all channels of a pixel to its own places in raw
-// memory, rows ahead, scales and splits them. The scale is the row's, of all channels together.
+// Copies a thread's cell of the channels of the sum from `k` on, where a stride makes several of a
+// channel; `from` is what phase 0 of the tensor's first channel reads, (h, w) of the tensor.
+template <int kChannels, int kPitch>
+__device__ __forceinline__ void copy_phases(const WeightGemm& g, const Place& place,
+                                            const float* input, const float* from, int h, int w,
+                                            int k, uint32_t to) {
+  const int channel = g.by_phases.quotient(k), phase = k - channel * g.phases();
+  int phase_h = g.by_phases_w.quotient(phase), phase_w = phase - phase_h * g.phases_w;
+  from += (place.group * g.group_channels() + channel) * g.channel_stride + phase_h * g.row_stride +
+          phase_w;
+#pragma unroll 1
+  for (int i = 0; i < kChannels; ++i, ++k, to += kPitch) {
+    const bool inside = k < g.channels && unsigned(h + phase_h) < unsigned(g.height) &&
+                        unsigned(w + phase_w) < unsigned(g.width);
+    ptx::copy_float(to, inside ? from : input, inside);
+    ++from;
+    if (++phase_w < g.phases_w) continue;
+    phase_w = 0;
+    from += g.row_stride - g.phases_w;
+    if (++phase_h < g.phases_h) continue;
+    phase_h = 0;
+    from += g.channel_stride - g.phases_h * g.row_stride;
+  }
+}
+
+// Walks through the slots of a block's rows: a run begins with the rows of all taps; a row has all
+// layers.
+template <typename T>
+struct Slots {
+  Rows row;
+  int turn = 0;  // of the window
+
+  __device__ void next(const WeightGemm& g) {
+    if (row.done()) return;
+    if (turn < T::kWindow - 1)
+      ++turn;
+    else if (row.next(g) || T::kLayered)
+      turn = 0;
+  }
+};
+
+// Each thread of a group has a cell of the slots, or of one of as many slots as rows share a stage:
+// copies all channels of a pixel to its own places in raw memory, slots ahead, scales and splits
+// them. The scale is that of all these slots and channels.
 template <typename T>
 __device__ __forceinline__ void run_converters(const WeightGemm& g, const WeightOperands& operands,
                                                const Place& place, Header& header, uint8_t* cells,
                                                float* raw) {
-  constexpr int kChannels = T::kBlockOctets * kOctet;
-  const int thread = int(threadIdx.x) - kConverters * kWarp, warp = thread / kWarp;
-  const float* const first =
-      operands.input + (int64_t(place.group) * g.channels + place.channel) * g.channel_stride;
-  const int top = place.tap_h * g.dilation_h - g.padding_h;
-  const int left = place.tap_w * g.dilation_w - g.padding_w + thread;
-  raw += thread;
-  // The next row to copy; a run begins with the rows of all taps.
-  Rows row(g, place);
-  int tap = 0;
-  int copied = 0;
+  constexpr int kChannels = T::kBlockOctets * kOctet, kCells = T::kCells;
+  constexpr int kInputStages = T::kInputStages;
+  constexpr int kThreads = T::kGroupWarps * kWarp;  // of a group
+  const int index = int(threadIdx.x) - T::kConverters * kWarp;
+  const int group = T::kConverterGroups > 1 ? index / kThreads : 0, thread = index % kThreads,
+            warp = thread / kWarp;
+  // The thread's row of those of a turn, and its cell there.
+  const int stage_rows = T::stage_rows(g), pitch = T::pitch(g), ring = T::ring(g);
+  const int sharing = T::kTile.narrow ? thread / pitch : 0, cell = thread - sharing * pitch;
+  const bool works = thread < kCells && sharing < stage_rows;
+  raw += group * T::kGroupFloats + thread;
+  Slots<T> slots{Rows(g, place)};  // to copy
+  for (int i = 0; i < group; ++i) slots.next(g);
+  int ahead = 0;  // slots that are copied, but not converted
   const auto copy = [&](int stage) {
-    if (!row.done()) {
-      if (thread < kCells) {
-        const int h = row.y + top + tap * g.dilation_h, w = row.x + left;
-        const bool inside = unsigned(h) < unsigned(g.height) && unsigned(w) < unsigned(g.width);
-        const int count = inside ? g.channels - place.channel : 0;
-        const float* from = first + row.image * g.image_stride + h * g.row_stride + w;
+    if (works) {
+      Slots<T> own = slots;
+      for (int i = 0; i < sharing; ++i) own.next(g);
+      if (!own.row.done()) {
+        const int tap = place.tap_h + (T::kLayered ? 0 : own.turn);
+        const int h = (own.row.y + tap * g.dilation_h) * g.stride_h - g.padding_h;
+        const int column = own.row.x + place.tap_w * g.dilation_w + cell;
+        const int w = column * g.stride_w - g.padding_w;
+        const int channel = place.channel + (T::kLayered ? own.turn * kChannels : 0);
+        const float* from = operands.input + own.row.image * g.image_stride + h * g.row_stride + w;
         const auto to = uint32_t(__cvta_generic_to_shared(raw + stage * T::kInputFloats));
+        if (!T::kGeneral || g.phases() == 1) {
+          const bool inside = unsigned(h) < unsigned(g.height) && unsigned(w) < unsigned(g.width);
+          const int count = inside ? g.channels - channel : 0;
+          from += (place.group * g.channels + channel) * g.channel_stride;
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i, from += g.channel_stride)
-          ptx::copy_float(to + i * kCells * 4, i < count ? from : operands.input, i < count);
+          for (int i = 0; i < kChannels; ++i, from += g.channel_stride)
+            ptx::copy_float(to + i * kCells * 4, i < count ? from : operands.input, i < count);
+        } else {
+          copy_phases<kChannels, kCells * 4>(g, place, operands.input, from, h, w, channel, to);
+        }
       }
-      ++copied;
-      if (tap < T::kKernelH - 1)
-        ++tap;
-      else if (row.next(g))
-        tap = 0;
     }
+    for (int i = 0; i < stage_rows; ++i, slots.next(g)) ahead += !slots.row.done();
+#pragma unroll
+    for (int i = 0; i < T::kConverterGroups - 1; ++i) slots.next(g);
     ptx::copy_commit();
   };
   float x[kChannels];
   const auto store = [&](float factor, int slot) {
+    const int plane = pitch * kOctet * 2;
 #pragma unroll
     for (int octet = 0; octet < T::kBlockOctets; ++octet) {
       uint32_t high[4], low[4];
@@ -151,54 +212,57 @@ __device__ __forceinline__ void run_converters(const WeightGemm& g, const Weight
         if constexpr (T::kParts == 2) low[i] = pack_rest(a, b, high[i]);
       }
       uint4* to = reinterpret_cast<uint4*>(cells + octet / T::kOctets * T::kGroupBytes +
-                                           (slot * T::kOctets + octet % T::kOctets) * kPlane) +
-                  thread;
+                                           (slot * T::kOctets + octet % T::kOctets) * plane) +
+                  cell;
       const auto write = [&] {
         to[0] = make_uint4(high[0], high[1], high[2], high[3]);
         if constexpr (T::kParts == 2)
           to[T::kPartBytes / 16] = make_uint4(low[0], low[1], low[2], low[3]);
       };
       write();
-      to += T::kRing * T::kOctets * kPlane / 16;
-      if (slot < T::kKernelH - 1) write();
+      to += ring * T::kOctets * pitch;
+      if (slot < T::kTile.mirrored()) write();
     }
   };
 
-  bool fits = true;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kInputStages - 1; ++i) copy(i);
-  Stage<T::kRing> slot;
-  Stage<kInputStages> stage;
-  for (int converted = 0; converted < copied; ++converted, slot.next(), stage.next()) {
-    const int turn = converted % 2;
+  Stage slot, stage;
+  for (int i = 0; i < group + sharing; ++i) slot.next(ring);
+  for (; ahead > 0; ahead -= stage_rows, stage.next(kInputStages)) {
+    uint32_t* const maxima = header.largest[group][stage.index];
     copy((stage.index + kInputStages - 1) % kInputStages);
     ptx::copy_wait<kInputStages - 1>();
+    const bool active = works && sharing < ahead;
 #pragma unroll
     for (int i = 0; i < kChannels; ++i)
-      x[i] = thread < kCells ? raw[stage.index * T::kInputFloats + i * kCells] : 0;
+      x[i] = active ? raw[stage.index * T::kInputFloats + i * kCells] : 0;
     float largest = 0;
 #pragma unroll
     for (const float value : x) largest = fmaxf(largest, fabsf(value));
-    header.largest[turn][warp] = __reduce_max_sync(~0u, __float_as_uint(largest));
-    ptx::sync_threads<kConverterWarps * kWarp>(1);
+    maxima[warp] = __reduce_max_sync(~0u, __float_as_uint(largest));
+    ptx::sync_threads<kThreads>(1 + group);
     uint32_t most = 0;
 #pragma unroll
-    for (const uint32_t bits : header.largest[turn]) most = max(most, bits);
+    for (int i = 0; i < T::kGroupWarps; ++i) most = max(most, maxima[i]);
     const Scale scale = choose_scale(most);
     // Where as many numbers as half a channel's are too small to split, that is no accident.
     const float smallest = g.smallest * scale.magnitude * kHalfUnit;
     int tiny = 0;
 #pragma unroll
     for (const float value : x) tiny += fabsf(value) < smallest && value != 0;
-    fits &= scale.fits && __reduce_add_sync(~0u, tiny) < kWarp / 2;
+    const bool many = __reduce_add_sync(~0u, tiny) >= kWarp / 2;
+    if (many || !scale.fits) operands.bad_blocks[blockIdx.x] = 1;
 
-    ptx::barrier_wait(&header.cells_empty[slot.index], slot.parity ^ 1);
-    if (thread < kCells) store(scale.factor, slot.index);
-    if (thread == 0) header.cells_unit[slot.index] = scale.magnitude * kHalfUnit;
-    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    ptx::barrier_arrive(&header.cells_full[slot.index]);
+    if (active) {
+      ptx::barrier_wait(&header.cells_empty[slot.index], slot.parity ^ 1);
+      store(scale.factor, slot.index);
+      if (cell == 0) header.cells_unit[slot.index] = scale.magnitude * kHalfUnit;
+      ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+      ptx::barrier_arrive(&header.cells_full[slot.index]);
+    }
+    for (int i = 0; i < T::kConverterGroups * stage_rows; ++i) slot.next(ring);
   }
-  if (!fits) operands.bad_blocks[blockIdx.x] = 1;
 }
 
 }  // namespace convops::cuda::implicit_gemm_weight

@@ -1,8 +1,9 @@
 // The kernels of implicit_gemm_weight: gradients of the weight, out channels × (channels × taps),
 // as a product over all pixels of all images on Hopper's tensor cores, in fp16 parts.
 //
-// A block sums some taps of 128 or 64 out channels and 8 to 32 channels over a share of all rows of
-// grad_output, and keeps these sums in registers until its last row. A stage is 96 pixels of a row:
+// A block sums some taps of 128 or 64 out channels and 8 to 64 channels over a share of all rows of
+// grad_output, and keeps these sums in registers until its last row. A stage is 96 pixels of a row,
+// or several narrow rows:
 //
 //   grad_output  ──copy engine──►  raw stages  ──consumers──►  registers, fp16: A
 //   input  ──converters──►  cells of 8 channels, fp16, a ring of rows: B
@@ -11,8 +12,9 @@
 // neighbours in grad_output's rows: it needs no transposition, and each number is converted by the
 // one thread that uses it. B lies as cells, one pixel's eight channels in 16 bytes: k is the cell,
 // so a tap to the right is the same operand 16 bytes further, and the rows of a kernel are more
-// columns of the same instruction: the ring's rows are as far apart as octets of a row. Every
-// number of the input is converted once for all taps and out channels of the block.
+// columns of the same instruction: the ring's rows are as far apart as octets of a row. (A 1×1
+// kernel has more channels in their place.) Every number of the input is converted once for all
+// taps and out channels of the block.
 //
 // Every row of an out channel's and every row of the input has its own power of two as scale; a
 // stage's sums leave the tensor cores, which cut bits off, with both. The second kernel computes
@@ -29,7 +31,7 @@ namespace implicit_gemm_weight {
 namespace {
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(T::kWarps* kWarp, 1)
     sum_kernel(const __grid_constant__ WeightGemm g,
                const __grid_constant__ WeightOperands operands) {
   extern __shared__ __align__(128) uint8_t shared[];
@@ -38,27 +40,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* const input = reinterpret_cast<float*>(cells + T::kParts * T::kPartBytes);
   uint8_t* const raw = shared + T::kRawAt;
   if (threadIdx.x == 0) {
+    header.place = Place(g, T::kTile, int(blockIdx.x));
     for (int i = 0; i < T::kStages; ++i) {
       ::cuda::ptx::mbarrier_init(&header.raw_full[i], 1);
-      ::cuda::ptx::mbarrier_init(&header.raw_scaled[i], kScalerWarps * kWarp);
+      ::cuda::ptx::mbarrier_init(&header.raw_scaled[i], T::kScalerWarps * kWarp);
       ::cuda::ptx::mbarrier_init(&header.raw_empty[i], kConsumerWarps * kWarp);
     }
-    for (int i = 0; i < T::kRing; ++i) {
-      ::cuda::ptx::mbarrier_init(&header.cells_full[i], kConverterWarps * kWarp);
+    for (int i = 0; i < T::ring(g); ++i) {
+      ::cuda::ptx::mbarrier_init(&header.cells_full[i], min(T::kCells, T::pitch(g)));
       ::cuda::ptx::mbarrier_init(&header.cells_empty[i], kConsumerWarps);
     }
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   }
   __syncthreads();
 
-  const Place place(g, T::kTile, int(blockIdx.x));
+  const Place& place = header.place;
   const int warp = int(threadIdx.x) / kWarp;
   if (warp < kConsumerWarps) {
-    ptx::raise_registers<kConsumerRegisters>();
+    ptx::raise_registers<T::kConsumerRegisters>();
     run_consumers<T>(g, operands, place, header, cells, raw);
   } else {
-    ptx::lower_registers<kProducerRegisters>();
-    if (warp >= kConverters)
+    ptx::lower_registers<T::kProducerRegisters>();
+    if (warp >= T::kConverters)
       run_converters<T>(g, operands, place, header, cells, input);
     else
       run_scalers<T>(g, operands, place, header, raw);
@@ -78,34 +81,34 @@ __global__ void __launch_bounds__(kExactThreads, 2)
   for (int i = int(blockIdx.y) * kExactThreads + int(threadIdx.x); i < pairs * taps;
        i += kExactShares * kExactThreads) {
     const int tap = i % taps, pair = i / taps;
-    const int kh = place.tap_h + tap / tile.kernel_w, kw = place.tap_w + tap % tile.kernel_w;
-    const int channel = place.channel + pair % tile.channels();
+    const int tap_h = place.tap_h + tap / tile.kernel_w;
+    const int tap_w = place.tap_w + tap % tile.kernel_w;
+    const int k = place.channel + pair % tile.channels();
     const int out_channel = place.out_channel + pair / tile.channels();
-    if (kh >= g.kernel_h || kw >= g.kernel_w || channel >= g.channels ||
-        out_channel >= g.out_channels)
-      continue;
+    const int64_t to = g.weight(place.group, out_channel, k, tap_h, tap_w);
+    if (to < 0) continue;
+    const int channel = g.by_phases.quotient(k), phase = k - channel * g.phases();
+    const int top = tap_h * g.dilation_h * g.stride_h + g.by_phases_w.quotient(phase) - g.padding_h;
+    const int left =
+        tap_w * g.dilation_w * g.stride_w + g.by_phases_w.remainder(phase) - g.padding_w;
     const float* const input =
-        operands.input + (int64_t(place.group) * g.channels + channel) * g.channel_stride;
+        operands.input + (int64_t(place.group) * g.group_channels() + channel) * g.channel_stride;
     const float* const gradients =
         operands.grad + (int64_t(place.group) * g.out_channels + out_channel) * grad.stride[1];
     float total = 0;
     for (Rows row(g, place); !row.done(); row.next(g)) {
-      const int h = row.y + kh * g.dilation_h - g.padding_h;
+      const int h = row.y * g.stride_h + top;
       const float* const x = input + row.image * g.image_stride + h * g.row_stride;
       const float* const dy = gradients + row.image * grad.stride[0] + row.y * grad.stride[2];
       float sum = 0;
       for (int at = row.x; at < min(row.x + kStagePixels, g.out_width); ++at) {
-        const int w = at + kw * g.dilation_w - g.padding_w;
+        const int w = at * g.stride_w + left;
         const bool inside = unsigned(h) < unsigned(g.height) && unsigned(w) < unsigned(g.width);
         sum = fmaf(inside ? x[w] : 0.f, dy[at], sum);
       }
       total += sum;
     }
-    const int64_t line =
-        ((int64_t(place.group) * g.out_channels + out_channel) * g.channels + channel) *
-            g.kernel_h +
-        kh;
-    operands.partial[place.split * g.weights() + line * g.kernel_w + kw] = total;
+    operands.partial[place.split * g.weights() + to] = total;
   }
 }
 
@@ -114,7 +117,7 @@ void launch(const WeightGemm& g, const WeightOperands& operands, cudaStream_t st
   const auto kernel = sum_kernel<T>;
   CONVOPS_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
-  kernel<<<g.tiles() * g.splits, kThreads, T::kSharedBytes, stream>>>(g, operands);
+  kernel<<<g.tiles() * g.splits, T::kWarps * kWarp, T::kSharedBytes, stream>>>(g, operands);
   CONVOPS_LAUNCH_CHECK("implicit_gemm backward-weight");
 }
 
@@ -131,9 +134,9 @@ void sum_weight_parts_sm90(const WeightGemm& g, const WeightTile& tile, int prod
     constexpr WeightTile kTile = kWeightTiles[i];
     if (tile != kTile) return;
     if (products == 3)
-      launch<Traits<kTile.kernel_h, kTile.kernel_w, kTile.octets, kTile.wide, 3>>(g, operands, on);
+      launch<Traits<kTile, 3>>(g, operands, on);
     else
-      launch<Traits<kTile.kernel_h, kTile.kernel_w, kTile.octets, kTile.wide, 1>>(g, operands, on);
+      launch<Traits<kTile, 1>>(g, operands, on);
   };
   [&]<int... i>(std::integer_sequence<int, i...>) {
     (try_tile.template operator()<i>(), ...);

@@ -16,59 +16,11 @@ using implicit_gemm::pack_rest;
 using implicit_gemm::Scale;
 
 constexpr int kWarp = 32;
-// Warps that multiply, that find grad_output's scales, of which one thread loads it too, and that
-// convert the input.
-constexpr int kConsumerWarps = 8, kScalerWarps = 4, kConverterWarps = 4;
-constexpr int kScalers = kConsumerWarps, kConverters = kScalers + kScalerWarps;  // the first
-constexpr int kThreads = (kConverters + kConverterWarps) * kWarp;
-constexpr int kConsumerRegisters = 200, kProducerRegisters = 56;
-static_assert(kConsumerRegisters * kConsumerWarps +
-                  kProducerRegisters * (kThreads / kWarp - kConsumerWarps) <=
-              65536 / kWarp);
-
-constexpr int kStepPixels = 16, kSteps = kStagePixels / kStepPixels;
-static_assert(kSteps <= promoted_steps(3), "sums leave the tensor cores after a stage");
-// Cells of a row of the input, a thread's each; bytes of an octet of them.
-constexpr int kCells = kStagePixels + kReach, kPlane = kCells * kOctet * 2;
-static_assert(kCells <= kConverterWarps * kWarp);
-constexpr int kMaxStages = 4, kMaxRing = 7, kHeader = 5120;
-constexpr int kInputStages = 3;  // of raw rows of the input, each thread's its own
-
-struct Header {
-  uint64_t raw_full[kMaxStages], raw_scaled[kMaxStages], raw_empty[kMaxStages];
-  uint64_t cells_full[kMaxRing], cells_empty[kMaxRing];
-  float cells_unit[kMaxRing];         // what 1 stands for
-  float2 row_scale[kMaxStages][128];  // of an out channel: factor, and what 1 stands for
-  uint32_t largest[2][kConverterWarps];
-};
-static_assert(sizeof(Header) <= kHeader);
-
-template <int kKernelH_, int kKernelW_, int kOctets_, bool kWide_, int kProducts_>
-struct Traits {
-  static constexpr WeightTile kTile = {kKernelH_, kKernelW_, kOctets_, kWide_};
-  static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_, kProducts = kProducts_;
-  static constexpr int kParts = kProducts == 3 ? 2 : 1;  // of a number: high, with three low
-  // Of a warpgroup: octets, columns of an instruction, sums of a thread for a tap of a row.
-  static constexpr int kOctets = kOctets_, kColumns = kKernelH * kOctets * kOctet;
-  static constexpr int kSums = kColumns / 2;
-  static_assert(kSums * kKernelW <= 72, "two sets of sums and the operands fit the registers");
-  static constexpr int kBlockOctets = kTile.channels() / kOctet;
-  static_assert(kBlockOctets <= 2, "a converter has registers for so many");
-  // Rows of the input are in a ring of slots. The first are stored once more behind the last, so
-  // that any kernel_h of them which follow each other do so in memory.
-  static constexpr int kRing = kKernelH + 2, kSlots = kRing + kKernelH - 1;
-  static_assert(kRing <= kMaxRing);
-  static constexpr int kGroupBytes = kSlots * kOctets * kPlane;  // of a part, a warpgroup's octets
-  static constexpr int kPartBytes = (kBlockOctets / kOctets) * kGroupBytes;
-  static constexpr int kRawBytes = kTile.out_channels() * kRawPitch * 4;
-  static constexpr int kInputFloats = kBlockOctets * kOctet * kCells;  // of a stage
-  static constexpr int kRawAt = kHeader + kParts * kPartBytes + kInputStages * kInputFloats * 4;
-  static constexpr int kRoom = (kMaxSharedMemory - kRawAt) / kRawBytes;
-  static constexpr int kStages = kRoom < kMaxStages ? kRoom : kMaxStages;
-  static_assert(kStages >= 2);
-  static constexpr int kSharedBytes = kRawAt + kStages * kRawBytes;
-  static_assert(kRawAt % 128 == 0);
-};
+constexpr int kConsumerWarps = 8;
+static_assert(kStagePixels / kStepPixels <= promoted_steps(3),
+              "sums leave the tensor cores after a stage");
+constexpr int kMaxStages = 4, kMaxConverterGroups = 4, kMaxGroupWarps = 4, kMaxInputStages = 3;
+constexpr int kHeader = 5120;
 
 // Where a block works.
 struct Place {
@@ -94,29 +46,94 @@ struct Place {
   }
 };
 
+struct Header {
+  Place place;  // here it takes no registers
+  uint64_t raw_full[kMaxStages], raw_scaled[kMaxStages], raw_empty[kMaxStages];
+  uint64_t cells_full[kMaxRing], cells_empty[kMaxRing];
+  float cells_unit[kMaxRing];         // what 1 stands for
+  float2 row_scale[kMaxStages][128];  // of an out channel: factor, and what 1 stands for
+  uint32_t largest[kMaxConverterGroups][kMaxInputStages][kMaxGroupWarps];
+};
+static_assert(sizeof(Header) <= kHeader);
+
+template <WeightTile tile, int kProducts_>
+struct Traits {
+  static constexpr WeightTile kTile = tile;
+  static constexpr int kKernelW = tile.kernel_w, kProducts = kProducts_;
+  static constexpr int kParts = kProducts == 3 ? 2 : 1;  // of a number: high, with three low
+  static constexpr bool kLayered = tile.layers > 1;
+  static_assert(!kLayered || tile.kernel_h * tile.kernel_w == 1);
+  // What is known of the others where they are compiled.
+  static constexpr bool kGeneral = kLayered || tile.narrow;
+  __device__ static int pitch(const WeightGemm& g) { return tile.narrow ? g.pitch : kMostPitch; }
+  __device__ static int stage_rows(const WeightGemm& g) { return tile.narrow ? g.stage_rows : 1; }
+  __device__ static int ring(const WeightGemm& g) {
+    return tile.narrow ? g.ring : tile.slots() - tile.mirrored();
+  }
+  __device__ static int channel_kinds(const WeightGemm& g) {
+    return kGeneral ? g.channel_kinds : 1;
+  }
+  static constexpr int kWindow = tile.window();
+  // Of a warpgroup: octets, columns of an instruction, sums of a thread for a tap of a row.
+  static constexpr int kOctets = tile.octets, kColumns = kWindow * kOctets * kOctet;
+  static constexpr int kSums = kColumns / 2;
+  static_assert(kSums * kKernelW <= 72, "two sets of sums and the operands fit the registers");
+  static constexpr int kBlockOctets = tile.slot_channels() / kOctet;
+  static_assert(kBlockOctets <= 2, "a converter has registers for so many");
+  // Cells of a slot or of several narrow ones, a thread's each.
+  static constexpr int kCells = kStagePixels + (kKernelW > 1 ? kReach : 0);
+  // Warps that find grad_output's scales, of which one thread loads it too, and that convert the
+  // input, groups of which take slots by turns: layers are as much work as all of grad_output.
+  static constexpr int kScalerWarps = kLayered ? 8 : 4;
+  static constexpr int kConverterGroups = tile.layers;
+  static constexpr int kGroupWarps = (kCells + kWarp - 1) / kWarp;
+  static_assert(kConverterGroups <= kMaxConverterGroups && kGroupWarps <= kMaxGroupWarps);
+  static constexpr int kScalers = kConsumerWarps, kConverters = kScalers + kScalerWarps;  // first
+  static constexpr int kWarps = kConverters + kConverterGroups * kGroupWarps;
+  static constexpr int kConsumerRegisters = kLayered ? 112 : tile.narrow ? 192 : 200;
+  static constexpr int kProducerRegisters = tile.narrow ? 64 : 56;
+  static_assert(kConsumerRegisters * kConsumerWarps +
+                    kProducerRegisters * (kWarps - kConsumerWarps) <=
+                65536 / kWarp);
+  // Raw rows of the input, each thread's its own: one to convert and those on their way.
+  static constexpr int kInputStages = kLayered ? 2 : 3;
+  // Of a part, a warpgroup's octets.
+  static constexpr int kGroupBytes = tile.slots() * kOctets * kMostPitch * kOctet * 2;
+  static constexpr int kPartBytes = (kBlockOctets / kOctets) * kGroupBytes;
+  static constexpr int kRawBytes = kTile.out_channels() * kMostPitch * 4;
+  static constexpr int kInputFloats = kBlockOctets * kOctet * kCells;  // of a stage
+  static constexpr int kGroupFloats = kInputStages * kInputFloats;     // of a group of converters
+  static constexpr int kRawAt = kHeader + kParts * kPartBytes + kConverterGroups * kGroupFloats * 4;
+  static constexpr int kRoom = (kMaxSharedMemory - kRawAt) / kRawBytes;
+  static constexpr int kStages = kRoom < kMaxStages ? kRoom : kMaxStages;
+  static_assert(kStages >= 2);
+  static constexpr int kSharedBytes = kRawAt + kStages * kRawBytes;
+  static_assert(kRawAt % 128 == 0);
+};
+
 // Walks through rows of grad_output in *runs* down a segment of an image: a run's rows are as far
 // apart as the kernel's, so that a row's taps are rows of the input one after the other.
 class Rows {
  public:
-  __device__ Rows(const WeightGemm& g, const Place& place)
-      : height_(g.out_height), step_(g.dilation_h), left_(int(place.end - place.begin)) {
-    column_ = int(place.begin / height_);
-    const int row = int(place.begin % height_);
+  __device__ Rows(const WeightGemm& g, const Place& place) : left_(int(place.end - place.begin)) {
+    const int height = g.out_height, step = g.dilation_h;
+    column_ = int(place.begin / height);
+    const int row = int(place.begin % height);
     // Runs of one row more come first.
-    const int shorter = height_ / step_, longer = height_ % step_;
+    const int shorter = height / step, longer = height % step;
     const int run =
         row < longer * (shorter + 1) ? row / (shorter + 1) : (row - longer) / max(1, shorter);
-    y = run + (row - run * shorter - min(run, longer)) * step_;
+    y = run + (row - run * shorter - min(run, longer)) * step;
     set_column(g.segments);
   }
   __device__ bool done() const { return left_ <= 0; }
   // Whether a run begins.
   __device__ bool next(const WeightGemm& g) {
     --left_;
-    y += step_;
-    if (y < height_) return false;
-    y = y % step_ + 1;
-    if (y >= min(step_, height_)) {
+    y += g.dilation_h;
+    if (y < g.out_height) return false;
+    y = y % g.dilation_h + 1;
+    if (y >= min(g.dilation_h, g.out_height)) {
       y = 0;
       ++column_;
       set_column(g.segments);
@@ -132,17 +149,16 @@ class Rows {
     x = (column_ - image * segments) * kStagePixels;
   }
 
-  int height_, step_, column_, left_;
+  int column_, left_;
 };
 
 // A place in a ring of stages and the parity of its barriers' phase.
-template <int kCount>
 struct Stage {
   int index = 0;
   uint32_t parity = 0;
 
-  __device__ void next() {
-    if (++index < kCount) return;
+  __device__ void next(int count) {
+    if (++index < count) return;
     index = 0;
     parity ^= 1;
   }

@@ -211,6 +211,7 @@ class Simulation {
     count("multiplied", p.group_out_channels() > 1);
     count("dilated", p.dilation.h > 1 || p.dilation.w > 1);
     count("padding_beyond", p.padding.h >= p.kernel().h || p.padding.w >= p.kernel().w);
+    count("strided", p.stride.h > 1 || p.stride.w > 1);
     const auto behind = [&](int64_t in, int64_t out, int64_t kernel, int64_t stride,
                             int64_t dilation) {
       return (out - 1) * stride + (kernel - 1) * dilation + 1 - in;

@@ -37,8 +37,13 @@ Window random_window(Random& random, const std::string& algorithm) {
   if (algorithm.starts_with("grouped"))
     return one_of<Window>(random, {square(3, 1), square(3, 2), square(1, 1)});
   if (algorithm == "implicit_gemm_weight")
-    return {random.between(1, 7), random.between(1, 9), 1, 1,
-            random.between(1, 3), random.between(1, 3)};
+    return random.one_in(4) ? square(1, 1)
+                            : Window{random.between(1, 7),
+                                     random.between(1, 9),
+                                     one_of<int>(random, {1, 1, 2, 4}),
+                                     one_of<int>(random, {1, 1, 2, 3}),
+                                     random.between(1, 3),
+                                     random.between(1, 3)};
   if (algorithm != "depthwise_strips" && random.one_in(3)) return any_window(random, 7, 4, 4);
   return one_of<Window>(
       random, {square(3, 1), square(5, 1), square(7, 1), square(3, 2), square(5, 2), square(7, 2),
@@ -61,7 +66,7 @@ Channels random_channels(Random& random, const std::string& algorithm) {
   }
   // Short of and beyond a block's 8 or 16, and 64 or 128.
   if (algorithm == "implicit_gemm_weight")
-    return {random.one_in(3) ? 2 : 1, one_of<int>(random, {2, 5, 8, 16, 19}),
+    return {random.one_in(3) ? 2 : 1, one_of<int>(random, {2, 5, 8, 16, 19, 70}),
             one_of<int>(random, {3, 16, 64, 70, 130})};
   // Channels short of and beyond a block's 32 or 64.
   if (algorithm == "depthwise_channels_last")

@@ -104,5 +104,6 @@ __device__ __forceinline__ Cells cells(uint32_t address, uint32_t plane) {
   }
 CONVOPS_WGMMA_CELLS(40, CONVOPS_R2H, CONVOPS_D1H, "%20", "%21", "%22", "%23", "%24", "%25")
 CONVOPS_WGMMA_CELLS(48, CONVOPS_R2, CONVOPS_D2, "%24", "%25", "%26", "%27", "%28", "%29")
+CONVOPS_WGMMA_CELLS(64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34", "%35", "%36", "%37")
 
 }  // namespace convops::cuda::ptx
