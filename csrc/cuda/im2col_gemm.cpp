@@ -43,6 +43,8 @@ constexpr double kGemmFraction = 0.54;
 constexpr double kTf32Speedup = 5.0, kHalfSpeedup = 16.7, kDoubleSpeedup = 0.7;
 constexpr double kTileRows = 64;
 constexpr double kBandwidthShare = 0.9, kWrites = 0.45;
+// Of that, where backward-weight reads both operands once.
+constexpr double kWeightShare = 0.75;
 // In TF32 a tile has so many pixels of an image, and the rest is wasted.
 constexpr double kTilePixels = 128;
 // What copying the columns takes, in trips of theirs through memory besides the product's: more
@@ -470,7 +472,9 @@ class Im2colGemm final : public Algorithm {
     // Packed outputs are written and read once more.
     const double output = double(p.output.numel()) * double(element_size(p.dtype));
     const double packed = packs ? kPackingPasses * output : 0;
-    const double memory = (p.bytes() + kWrites * written + column_bytes + packed) / bandwidth;
+    const double share = p.direction == Direction::kBackwardWeight ? kWeightShare : 1;
+    const double memory =
+        (p.bytes() + kWrites * written + column_bytes + packed) / (bandwidth * share);
     return std::max(multiply, memory) + passes * column_bytes / bandwidth +
            (2 + 2 * chunks + calls + (packs ? chunks : 0)) * kLaunchSeconds;
   }
