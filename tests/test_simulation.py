@@ -32,7 +32,8 @@ FLAGS += ["-Wno-sign-compare"]
 FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", "-U_FORTIFY_SOURCE"]
 FLAGS += [f"-I{SIMULATION / 'toolkit'}", f"-I{SIMULATION}", f"-I{CSRC}"]  # the first hides CUDA's
 
-GEMM = ["implicit_gemm_sm90", "implicit_gemm_pack_sm90", "implicit_gemm_exact_sm90"]
+GEMM = ["implicit_gemm_sm90", "implicit_gemm_float16_sm90", "implicit_gemm_bfloat16_sm90"]
+GEMM += ["implicit_gemm_pack_sm90", "implicit_gemm_exact_sm90"]
 # The planner is part of plans.cpp.
 GEMM_HOST = [CSRC / f"cuda/implicit_gemm{part}.cpp" for part in ("", "_map", "_cost", "_cells")]
 OTHERS = ["depthwise", "depthwise_strips", "depthwise_planes", "depthwise_weight"]
@@ -47,7 +48,7 @@ DONE = "done"  # a file that is there when everything is compiled
 
 # The programs' own files; all others of tests/simulation/ are of both.
 GEMM_OWN = ["main", "check", "convolution", "plans"]
-OTHERS_OWN = ["algorithms", "problems", "definition", "memory", "fragments"]
+OTHERS_OWN = ["algorithms", "problems", "memory"]
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -129,7 +130,7 @@ def compile_programs(directory: Path) -> Path:
     return directory
 
 
-PLANS = 100  # of every theme
+PLANS = 150  # of every theme
 # How many of them must be of a kind, in all and of a theme (convolution.h) what it is for. A change
 # of the planner draws others, about as many of each kind; but none must go away unseen.
 LEAST = {
@@ -142,14 +143,17 @@ LEAST = {
     **{"boxed": 100, "boxed_gaps": 8, "boxed_edges": 15, "boxed_kinds": 15, "boxed_snug": 25},
     **{"boxed_snug_cut": 5, "lines": 150, "lines_joined": 20, "lines_joined_straddling": 2},
     **{"lines_snug": 40, "lines_snug_cut": 8, "apart": 15, "woven": 120, "paired": 80},
-    **{"result_moved": 15},
+    **{"result_moved": 15, "float16": 200, "bfloat16": 200, "special": 70},
+    **{"halves_128": 80, "halves_192": 80, "halves_224": 80, "halves_256": 80},
+    **{"halves_bulk": 120, "halves_by_cells": 200, "halves_boxed": 80, "halves_octets_apart": 5},
 }
 THEMES = {
     "any": {"apart": 8},
     "patches": {"bulk_run_1": 4, "bulk_run_2": 4, "bulk_run_4": 1, "bulk_snug": 5},
     "boxes": {"boxed_snug": 6},
     "rows": {"cut_rows": 30, "boxed": 15},
-    "kinds": {"source_kinds": 8, "overlap": 12},
+    "kinds": {"source_kinds": 8, "overlap": 12, "halves_octets_apart": 3},
+    "last": {"halves_by_octets": 70, "halves_across": 6},
     "images": {"lines_joined": 6, "lines_joined_straddling": 2, "straddling": 15},
 }
 

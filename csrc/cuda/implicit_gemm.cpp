@@ -1,8 +1,8 @@
-// implicit_gemm: dense convolution of float32 tensors on Hopper's tensor cores, forward and
-// backward-input, straight from and to NCHW (or any strides): no columns, no layout copies. Three
-// kernels: implicit_gemm_pack_sm90.cu packs the weights, implicit_gemm_sm90.cu multiplies,
-// implicit_gemm_exact_sm90.cu computes again what fp16 could not hold. docs/implicit_gemm.md tells
-// how and how fast.
+// implicit_gemm: dense convolution of float32, float16 and bfloat16 tensors on Hopper's tensor
+// cores, forward and backward-input, straight from and to NCHW (or any strides): no columns, no
+// layout copies. Three kernels: implicit_gemm_pack_sm90.cu packs the weights, implicit_gemm_sm90.cu
+// multiplies, implicit_gemm_exact_sm90.cu computes again what fp16 could not hold.
+// docs/implicit_gemm.md tells how and how fast.
 #include "cuda/implicit_gemm.h"
 
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@ namespace {
 // Planning takes a millisecond or two, so plans are kept; emptied when full.
 constexpr size_t kMaximumCachedPlans = 4096;
 
-constexpr uintptr_t kBulkAlignment = kVector * sizeof(float);
+constexpr uintptr_t kBulkAlignment = 16;
 
 class ImplicitGemm final : public Algorithm {
  public:
@@ -29,7 +29,7 @@ class ImplicitGemm final : public Algorithm {
 
   std::string can_run(const ConvProblem& p, const Device& device) const override {
     if (device.compute_capability != 90) return "made for compute capability 9.0 (Hopper)";
-    if (p.dtype != DType::kFloat32) return "float32 only";
+    if (p.dtype == DType::kFloat64) return "no float64";
     if (p.direction == Direction::kBackwardWeight) return "no backward-weight";
     if (p.batch() == 0 || p.taps() == 0) return "nothing to sum";
     if (p.is_depthwise()) return "depthwise: no sum over channels";
@@ -51,10 +51,10 @@ class ImplicitGemm final : public Algorithm {
     const bool forward = p.direction == Direction::kForward;
     auto* const workspace = static_cast<uint8_t*>(execution.workspace);
     GemmOperands gemm{
-        static_cast<const float*>(forward ? operands.input : operands.output),
-        static_cast<const float*>(operands.weight),
-        static_cast<const float*>(operands.bias),
-        static_cast<float*>(forward ? operands.output : operands.input),
+        forward ? operands.input : operands.output,
+        operands.weight,
+        operands.bias,
+        forward ? operands.output : operands.input,
         workspace + plan->workspace.packed_weights,
         reinterpret_cast<float*>(workspace + plan->workspace.row_scales),
         workspace + plan->workspace.bad_jobs,
@@ -64,14 +64,19 @@ class ImplicitGemm final : public Algorithm {
     GemmTile tile = plan->tile;
     if (tile.bulk && reinterpret_cast<uintptr_t>(gemm.source) % kBulkAlignment != 0)
       copy_by_cells(plan->problem, tile);
+    tile.by_octets &= reinterpret_cast<uintptr_t>(gemm.source) % kBulkAlignment == 0;
     const auto result_address = reinterpret_cast<uintptr_t>(gemm.result);
-    tile.paired &= result_address % sizeof(float2) == 0;
+    tile.across &= result_address % kBulkAlignment == 0;
+    tile.paired &= result_address % (2 * plan->problem.element_bytes) == 0;
     if (tile.boxed && result_address % kBulkAlignment != 0) store_lines(tile);
     if (tile.bulk) make_source_maps(plan->problem, tile, gemm.source, gemm.source_maps);
     if (tile.boxed) make_result_maps(plan->problem, tile, gemm.result, gemm.result_maps);
     const int processors = execution.device->processors;
     pack_weights(plan->problem, tile, gemm, execution.stream);
-    multiply_sm90(plan->problem, tile, gemm, processors, execution.stream);
+    const auto multiply = p.dtype == DType::kFloat32   ? multiply_float
+                          : p.dtype == DType::kFloat16 ? multiply_half
+                                                       : multiply_bfloat16;
+    multiply(plan->problem, tile, gemm, processors, execution.stream);
     recompute_bad_jobs(plan->problem, tile, gemm, processors, execution.stream);
   }
 

@@ -18,6 +18,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "algorithm.h"
@@ -26,40 +27,64 @@
 namespace convops::cuda {
 
 inline constexpr int64_t kMaxExtent = int64_t{1} << 30;  // coordinates are int
-inline constexpr int kOctet = 8;       // channels of the sum: as halves the 16 bytes wgmma reads
+inline constexpr int kOctetLog = 3, kOctet = 8;  // channels of the sum: the 16 bytes wgmma reads
 inline constexpr int kStepOctets = 2;  // that an instruction sums over, at a tap or at two
 inline constexpr int kMaxTaps = 1024;  // in all lists together; they travel as kernel parameters
 inline constexpr int kMaxClasses = 16;
 inline constexpr int kMaxStageSums = 64;  // channels of the sum in a stage
 
-// Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each.
-inline constexpr int kGemmColumns[] = {96, 128, 152, 160};
+// Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each. Sums of 16
+// bits are not promoted, which leaves registers for more of them.
+inline constexpr int kFloatColumns[] = {96, 128, 152, 160};
+inline constexpr int kHalfColumns[] = {128, 192, 224, 256};
+constexpr std::span<const int> gemm_columns(int element_bytes) {
+  if (element_bytes == 4) return kFloatColumns;
+  return kHalfColumns;
+}
 // What the consumers need no registers for is the converters': up to kFewColumns there are more of
 // them, above kRoomyColumns each has fewer registers.
 inline constexpr int kFewColumns = 128, kRoomyColumns = 152;
+// An instruction's registers must be those of any thread at the launch: above this, of 16 bits,
+// there are fewer threads.
+inline constexpr int kFewHalves = 192;
 
-// After so many steps sums are promoted at the latest: 18 truncated additions of three products a
-// step (docs/implicit_gemm.md), or as many of one as hardly count beside TF32's rounding.
+// After so many steps sums of float32 are promoted at the latest: 18 truncated additions of three
+// products a step (docs/implicit_gemm.md), or as many of one as hardly count beside TF32's
+// rounding.
 constexpr int promoted_steps(int products) { return products == 3 ? 6 : 128; }
+// Sums of 16 bits are not: of so many products they still are far better than their rounding.
+inline constexpr int kMostHalfProducts = 1 << 14;
 
 inline constexpr int kConsumers = 2;  // warpgroups that multiply
 // Converters are in groups, which take stages by turns: what one waits for, the other does not.
 // There is one warp each that streams weights and loads sources.
 inline constexpr int kConverterGroups = 2;
 inline constexpr int kMostConverterThreads = 5 * 32;  // of a group
-constexpr int gemm_converter_threads(int columns) {
+constexpr int gemm_converter_threads(int element_bytes, int columns) {
+  if (element_bytes == 2) return columns > kFewHalves ? 32 : 3 * 32;
   return columns > kFewColumns ? 3 * 32 : kMostConverterThreads;
 }
 inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
-inline constexpr int kSector = 8;                    // floats that memory writes at once,
-inline constexpr int kChunk = 64;                    // and that one tile should write
-inline constexpr int kVector = 4;                    // floats the copy engine's places are whole in
-inline constexpr int kMaxSourceKinds = 4;            // of rows of the source
-inline constexpr int kMaxKinds = 8;                  // of rows times channels of the result
+// Elements that memory writes at once, that one tile should write, and that the copy engine's
+// places are whole in.
+constexpr int sector_elements(int element_bytes) { return 32 / element_bytes; }
+constexpr int chunk_elements(int element_bytes) { return 256 / element_bytes; }
+constexpr int vector_elements(int element_bytes) { return 16 / element_bytes; }
+inline constexpr int kVector = vector_elements(sizeof(float));
+// Elements between the channels of staged chunks, against bank conflicts: those of a row are stored
+// two at a time, eight bytes of float32 or four.
+inline constexpr int kGap = 8;
+inline constexpr int kMostRun = 4;         // neighbours of a patch
+inline constexpr int kMaxSourceKinds = 8;  // of rows times channels of the source,
+inline constexpr int kMaxKinds = 16;       // and of the result
+inline constexpr int kMostChannelKindsLog =
+    3;  // a block of rows is whole groups of sorted channels
 inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages = 7;
 
-// Floats between staged rows: an odd multiple of 8, against bank conflicts.
+// Elements between staged rows: an odd multiple of 8, against bank conflicts.
 constexpr int gemm_stage_pitch(int columns) { return columns / 16 * 16 + 24; }
+// Bytes from an octet of channels to the next where results leave by cells, against bank conflicts.
+constexpr int gemm_across_pitch(int columns) { return columns * 16 + 64; }
 
 // One spatial axis of the problem on cells.
 struct GemmAxis {
@@ -101,8 +126,11 @@ struct GemmProblem {
   int64_t bias_stride;
   int groups, rows, sums;        // result and source channels of a group
   int images, cells_h, cells_w;  // of the result
-  int products;                  // of fp16 parts a multiplication takes: 3 for ieee, 1 for tf32
-  // Scaled so that the largest is 2^14 to 2^15, channels and cells below this lose too many bits.
+  DType dtype;
+  int element_bytes;
+  int products;  // of parts a multiplication takes: of float32 3 for ieee and 1 for tf32, else 1
+  // Of float32: scaled so that the largest is 2^14 to 2^15, channels and cells below this lose too
+  // many bits.
   float smallest;
 
   // Rows are ordered (class, phase, channel) so that a tile of rows skips taps which only other
@@ -118,6 +146,8 @@ struct GemmProblem {
   // Result channels of as many kinds as there are places in a sector of memory where they begin (0
   // where that does not matter), and how many channels eight rows have. The eight are of one kind.
   int channel_kinds_log, channels_log;
+  // The same of source channels, in 16 bytes: an octet of the sum has one kind. Only of 16 bits.
+  int sum_kinds_log;
   // Steps of a block of (row class, sum class): from step_begin[r][s] up to step_begin[r][s + 1].
   // Step i has taps[i * step_taps()] and, where it has two, the next: of an odd number of taps the
   // last step has kNoTap.
@@ -130,6 +160,10 @@ struct GemmProblem {
   Divisor by_window, by_kernel_w;                       // taps of a channel, and of their rows
 
   CONVOPS_HOST_DEVICE int phases() const { return h.phases * w.phases; }  // of the source
+  // What elements of 16 bits are multiplied as they are, and summed without promotion.
+  CONVOPS_HOST_DEVICE bool is_half() const { return element_bytes == 2; }
+  int sector() const { return sector_elements(element_bytes); }
+  int vector() const { return vector_elements(element_bytes); }
   // Whether a block of the sum has several of them.
   CONVOPS_HOST_DEVICE bool mixes_phases() const { return sum_classes == 1 && phases() > 1; }
   CONVOPS_HOST_DEVICE int step_taps() const { return kStepOctets / octets; }
@@ -171,7 +205,8 @@ struct GemmSum {
 };
 CONVOPS_HOST_DEVICE inline GemmSum gemm_sum(const GemmProblem& g, int sum_class, int k) {
   const int phase = g.sum_classes > 1 ? sum_class : g.by_phases.remainder(k);
-  return {g.sum_classes > 1 ? k : g.by_phases.quotient(k), g.by_phases_w.quotient(phase),
+  const int channel = g.sum_classes > 1 ? k : g.by_phases.quotient(k);
+  return {sort_kinds(channel, g.sum_kinds_log, kOctetLog), g.by_phases_w.quotient(phase),
           g.by_phases_w.remainder(phase)};
 }
 
@@ -198,36 +233,41 @@ struct GemmTile {
   // are neighbours in memory, many at a time, 2^woven_log horizontal phases woven together.
   bool neighbours;
   int woven_log;
-  // Results by which neighbouring tiles overlap, less than a sector of memory (8 floats): each
-  // row's border is put where a sector begins. All rows begin at multiples of 8 - overlap.
+  bool across;  // or by cells, of 16 bits whose channels are neighbours (channels_last)
+  // Results by which neighbouring tiles overlap, less than a sector of memory: each row's border is
+  // put where a sector begins. All rows begin at multiples of a sector less the overlap.
   int overlap;
-  // In boxes of a row of the tile, where maps are few: rows of the result are of kinds as channels
-  // are, and for every pair of kinds there is a map of the tensor whose rows all begin at a border.
+  // In boxes of a row of the tile, where maps are few: rows of the result are of kinds by where in
+  // 16 bytes they begin, and for every pair of kinds there is a map of the tensor.
   bool boxed;
   int row_kinds_log;
   // Of a channel's results, and in shared memory from one to the next and of a box. Tiles of whole
   // chunks of memory have gaps between channels there, so that those lie in different banks.
-  int box_width, box_pitch, box_floats;
+  int box_width, box_pitch, box_elements;
   bool has_edges;  // results that are in no box
   // In lines: a row of the tile, or those that follow each other in an image, are a run.
-  bool joined;        // the tile's rows follow each other in an image of the result
-  int runs;           // at most so many are in a row of the weight
-  int slot, line;     // floats of a row of the tile, of all its rows
-  int staged_floats;  // of eight rows, and what they are as lines, should boxes be impossible
-  int line_floats;
+  bool joined;       // the tile's rows follow each other in an image of the result
+  int runs;          // at most so many are in a row of the weight
+  int slot, line;    // elements of a row of the tile, of all its rows
+  int staged_bytes;  // of eight rows, and what they are as lines, should boxes be impossible
+  int line_bytes;
   int staged_halves;  // of a warp's 16 rows, each with its own memory
-  bool paired;        // two results of a thread are always 8 aligned bytes there
+  bool paired;        // two results of a thread are always aligned together there
   int depth;          // blocks of the sum in a stage: 1, 2 or 4, and 1 where they are one octet
   bool staggered;     // the warpgroups promote by turns
   // Sources as they come from memory. By bulk copies (boxes of rows, which begin at multiples of 16
   // bytes: rows of the tensor are of as many kinds as there are places between those where they
   // begin, and every kind has its map and its box), or cell by cell, as they lie in the tile.
   bool bulk;
-  int run;  // of patches, neighbours that are read at once; 0 where a cell is one element
+  bool by_octets;  // or, where channels of 16 bits are neighbours, by octets of a cell
+  int run;         // of patches, neighbours that are read at once; 0 where a cell is one element
   int source_kinds_log;
   int raw_channels;          // of a stage: channels in bulk copies, else channels in a phase
-  int raw_pitch, raw_cells;  // floats of a row, of a channel in a box, in whole vectors of four
-  int raw_box, raw_bytes;    // floats of a box, bytes of a stage
+  int raw_pitch, raw_cells;  // elements of a row, of a channel in a box, in whole vectors
+  // Elements of all boxes of a kind of rows, and from an octet to the next: octets of several kinds
+  // have boxes of their own. Bytes of a stage.
+  int raw_box, raw_octet, raw_bytes;
+  bool octets_apart;
   // To find the largest of every channel, or of several pieces of a channel, groups of threads.
   int max_groups, max_pieces_log;
   // In shared memory: cells from an octet to the next, of a block's high parts or of its low ones,
@@ -297,8 +337,8 @@ struct GemmSharedMemory {
           (t.resident_bytes > 0 ? t.resident_bytes : t.weight_stages * t.weight_stage_bytes);
     sources = raw + t.raw_stages * t.raw_bytes;
     staged = (sources + t.source_stages * t.stage_cells * kOctet * 2 + 127) / 128 * 128;
-    const int halves = t.staged_halves * t.staged_floats;
-    bytes = staged + kConsumers * 4 * (halves > t.line_floats ? halves : t.line_floats) * 4;
+    const int halves = t.staged_halves * t.staged_bytes;
+    bytes = staged + kConsumers * 4 * (halves > t.line_bytes ? halves : t.line_bytes);
   }
 };
 
@@ -324,8 +364,8 @@ struct CellChoice {
 
 // That problem; false where it is not to be had, or no different from another.
 bool describe_cells(const ConvProblem& problem, const CellChoice& choice, GemmProblem& gemm);
-// Of results this far apart: the places in a sector of memory where they begin.
-int kinds_log(int64_t stride);
+// Of what is this far apart: the places in so many elements where it begins.
+int kinds_log(int64_t stride, int elements);
 // Whether results of a row of cells can be written as neighbours in memory.
 bool are_neighbours(const GemmProblem& gemm);
 
@@ -342,6 +382,8 @@ GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
 int64_t packed_steps(const GemmProblem& gemm, const GemmTile& tile);
 double estimate_gemm(const GemmProblem& gemm, const GemmTile& tile, const Device& device,
                      double bytes);
+// Whether octets of a tensor's channels are 16 aligned bytes.
+bool has_octets(const GemmProblem& gemm, const Tensor4& tensor);
 // Gives up bulk copies, for a source whose address they cannot take.
 void copy_by_cells(const GemmProblem& gemm, GemmTile& tile);
 // Gives up boxes, for a result whose address they cannot take.
@@ -349,29 +391,33 @@ void store_lines(GemmTile& tile);
 // Whether the source can be read by bulk copies, its kinds of rows, and the copies' descriptions.
 bool can_copy_bulk(const GemmProblem& gemm);
 int source_kinds(const GemmProblem& gemm);
-void make_source_maps(const GemmProblem& gemm, const GemmTile& tile, const float* source,
+void make_source_maps(const GemmProblem& gemm, const GemmTile& tile, const void* source,
                       CUtensorMap* maps);
-void make_result_maps(const GemmProblem& gemm, const GemmTile& tile, float* result,
+void make_result_maps(const GemmProblem& gemm, const GemmTile& tile, void* result,
                       CUtensorMap* maps);
 
 // The kernels, in the order they run; each launches on the stream and checks the launch.
 struct GemmOperands {
-  const float *source, *weight, *bias;  // bias: nullptr without
-  float* result;
-  // In the workspace: the weights as the main kernel streams them, the power of two just under
-  // every result channel's largest weight, with a minus where fp16 cannot hold its weights, and
-  // which jobs it cannot hold.
+  const void *source, *weight, *bias;  // bias: nullptr without
+  void* result;
+  // In the workspace: the weights as the main kernel streams them; of float32 the power of two just
+  // under every result channel's largest weight, with a minus where fp16 cannot hold its weights;
+  // and which jobs it cannot hold.
   uint8_t* packed_weights;
   float* row_scales;
   uint8_t* bad_jobs;
-  CUtensorMap source_maps[kMaxSourceKinds];  // only with GemmTile::bulk
+  CUtensorMap source_maps[kMaxSourceKinds];  // only with GemmTile::bulk: [row kind][channel kind]
   CUtensorMap result_maps[kMaxKinds];        // only with GemmTile::boxed: [row kind][channel kind]
 };
 void pack_weights(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
                   void* stream);
-void multiply_sm90(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
+void multiply_float(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
+                    int processors, void* stream);
+void multiply_half(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
                    int processors, void* stream);
-// Computes the jobs marked bad again, in plain float32.
+void multiply_bfloat16(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
+                       int processors, void* stream);
+// Computes the jobs marked bad again, in sums of plain float32.
 void recompute_bad_jobs(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
                         int processors, void* stream);
 

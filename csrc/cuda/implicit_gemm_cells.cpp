@@ -96,12 +96,17 @@ bool join_rows(GemmProblem& g) {
   return true;
 }
 
-// Puts channels of a kind into eight rows of the weight, where they fill them.
+// Puts channels of a kind into eight rows of the weight, where they fill them, and into an octet of
+// the sum, where rows of the source are read by bulk copies.
 void sort_channels(GemmProblem& g) {
-  g.channel_kinds_log = g.channels_log = 0;
+  g.channel_kinds_log = g.channels_log = g.sum_kinds_log = 0;
+  if (g.is_half() && g.phases() == 1 && g.source.stride[3] == 1) {
+    const int kinds = kinds_log(g.source.stride[1], g.vector());
+    if (g.sums % (kOctet << kinds) == 0) g.sum_kinds_log = kinds;
+  }
   if (!are_neighbours(g)) return;
-  const int kinds = kinds_log(g.result.stride[1]), channels = 8 / g.w.block;
-  if (g.rows % (channels << kinds) != 0) return;
+  const int kinds = kinds_log(g.result.stride[1], g.sector()), channels = 8 / g.w.block;
+  if (g.rows % (channels << kinds) != 0 || kinds > kMostChannelKindsLog) return;
   g.channel_kinds_log = kinds;
   g.channels_log = std::countr_zero(unsigned(channels));
 }
@@ -115,8 +120,8 @@ float smallest_element(int products, int64_t channels, int64_t taps) {
   return float(0x1p-25 * room / (1.5 * unit * std::sqrt(double(channels * taps))));
 }
 
-int kinds_log(int64_t stride) {
-  return std::countr_zero(unsigned(kSector / std::gcd(stride, int64_t{kSector})));
+int kinds_log(int64_t stride, int elements) {
+  return std::countr_zero(unsigned(elements / std::gcd(stride, int64_t{elements})));
 }
 bool are_neighbours(const GemmProblem& g) {
   const int block = g.w.block;
@@ -148,7 +153,9 @@ bool describe_cells(const ConvProblem& p, const CellChoice& choice, GemmProblem&
   g.images = int(p.batch());
   g.cells_h = int(ceil_divide(g.result.size[2] + g.h.result_origin, g.h.block));
   g.cells_w = int(ceil_divide(g.result.size[3] + g.w.result_origin, g.w.block));
-  g.products = p.precision == Precision::kIeee ? 3 : 1;
+  g.dtype = p.dtype;
+  g.element_bytes = int(element_size(p.dtype));
+  g.products = !g.is_half() && p.precision == Precision::kIeee ? 3 : 1;
   g.smallest = smallest_element(g.products, g.sums, p.kernel().h * p.kernel().w);
   const int phases = g.phases();
   if (row_classes && g.h.block > kMaxClasses) return false;

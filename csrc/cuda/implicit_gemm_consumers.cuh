@@ -17,6 +17,8 @@ __device__ __forceinline__ void multiply_step(float (&sums)[T::kColumns / 2], pt
     ptx::wgmma(sums, a, b_low, accumulate);
     ptx::wgmma(sums, a_low, b, 1);
     ptx::wgmma(sums, a, b, 1);
+  } else if constexpr (std::is_same_v<typename T::Element, __nv_bfloat16>) {
+    ptx::wgmma_bf16(sums, a, b, accumulate);
   } else {
     ptx::wgmma(sums, a, b, accumulate);
   }
@@ -38,8 +40,7 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
                                          (T::kRowTile == 128 ? 0 : group * t.height * t.pitch * 16),
                                      0);  // every step tells how far apart its octets are
 
-  float* const staged =
-      reinterpret_cast<float*>(shared + memory.staged) + warp * t.staged_halves * t.staged_floats;
+  uint8_t* const staged = shared + memory.staged + warp * t.staged_halves * t.staged_bytes;
   // Stages whose instructions are not known to have ended are not released yet.
   Stage source, weights, used_source, used_weights;
   // Releases all stages before `weights_place` and the one of the source.
@@ -81,7 +82,9 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
     }
 
     // `sums` are of `held` steps, of `most` at the most, in multiples of `sums_unit`.
-    int held = 0, most = group == 1 && t.staggered ? T::kFirstSteps : T::kSumSteps;
+    int held = 0, most = T::kHalf                    ? kMaxExtent
+                         : group == 1 && t.staggered ? T::kFirstSteps
+                                                     : T::kSumSteps;
     float sums_unit = 0;
     const auto promote = [&] {
       finish();
@@ -100,13 +103,14 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
         ptx::barrier_wait(&header.source_full[source.index()], source.parity());
         // Read by the lane that says later that the stage is free.
         const float stage_unit =
-            __shfl_sync(~0u, leads ? header.source_unit[source.index()] : 0.0f, 0);
+            T::kHalf ? sums_unit
+                     : __shfl_sync(~0u, leads ? header.source_unit[source.index()] : 0.0f, 0);
         const ptx::Matrix b = b0 + source.index() * t.stage_cells;
         int at = begin * t.depth;  // in the list of steps
         for (int left = min(t.depth, g.sum_blocks - block) * (end - begin); left > 0;) {
           // A sum goes on in the next stage, but for another unit; it ends where weights' stages
           // do.
-          if (held + min(left, T::kSteps) > most || stage_unit != sums_unit) {
+          if (!T::kHalf && (held + min(left, T::kSteps) > most || stage_unit != sums_unit)) {
             promote();
             if (held > 0) most = T::kSumSteps;
             held = 0;
@@ -159,9 +163,18 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
         source.next(t.source_stages);
       }
     }
-    promote();
-    __syncwarp();
-    store_results<T>(g, t, operands, job, header.rows[warp], staged, totals);
+    if constexpr (T::kHalf) {
+      finish();
+      if (held == 0)
+        for (float& sum : sums) sum = 0;
+      __syncwarp();
+      if (!store_results<T>(g, t, operands, job, header.rows[warp], staged, sums))
+        operands.bad_jobs[index] = 1;
+    } else {
+      promote();
+      __syncwarp();
+      store_results<T>(g, t, operands, job, header.rows[warp], staged, totals);
+    }
   }
   ptx::store_wait();
 }

@@ -27,6 +27,14 @@ constexpr double kRunCycles = 110;         // of a run that is copied by itself
 constexpr double kApartCycles = 2.0;       // of a result that goes alone
 constexpr double kHalfCycles = 995;  // until half of the results has left, if both share memory
 constexpr double kJobCycles = 762;
+// Of 16 bits, of a stage of the converters: a row of boxes and four of its matrices, an octet of a
+// patch, one that is gathered; all of one that is copied, and an octet of it.
+constexpr double kRowOfMatrices = 287, kMatricesCycles = 64, kPatchCycles = 232;
+constexpr double kGatherCycles = 2570, kOctetsCycles = 5920, kOctetCycles = 163;
+// And of the consumers: from a stage to the next, a row of the tile, 16 cells of 16 channels, a
+// job.
+constexpr double kHalfDrainCycles = 1000;
+constexpr double kHalfRowCycles = 1260, kAcrossCycles = 228, kHalfJobCycles = 1200;
 constexpr double kOverlap = 0.373;  // of the shorter of two things at a time is not hidden
 constexpr double kClock = 1.98e9;
 constexpr double kBandwidthShare = 1.1;      // of the device's peak: kOverlap takes more than that
@@ -34,6 +42,30 @@ constexpr double kReadSeconds = 0.0383e-12;  // of a byte that blocks read, most
 constexpr double kPackSeconds = 11.5e-12;    // of a packed weight
 constexpr double kCutBytes = 54.6;           // more for a chunk in two tiles of 64 channels
 constexpr double kLaunchSeconds = 23e-6;     // three kernels
+
+// Cycles of a group of converters for a stage, which its threads go through in so many passes.
+double float_stage(const GemmProblem& g, const GemmTile& t, double passes) {
+  const double copy =
+      (g.mixes_phases() ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddled : 1);
+  const double slowly = t.columns <= kFewColumns ? kTogether : 1;
+  // The vectors that a thread looks at in each box, four at a time.
+  const int lanes = gemm_converter_threads(g.element_bytes, t.columns) / t.max_groups
+                    << t.max_pieces_log;
+  const double vectors = double(round_up(ceil_divide(t.raw_cells, g.vector() * lanes), 4));
+  const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles * slowly;
+  const double pass = kConvertCycles * slowly + (t.bulk ? 0 : copy);
+  return kStageCycles + look + passes * pass;
+}
+
+double half_stage(const GemmProblem& g, const GemmTile& t, double passes) {
+  if (t.by_octets) return kOctetsCycles + passes * g.octets * kOctetCycles;
+  if (!t.bulk) return passes * g.octets * kGatherCycles;
+  if (t.run > 0) return passes * g.octets * kPatchCycles;
+  const int warps = gemm_converter_threads(g.element_bytes, t.columns) / 32;
+  const double rows = double(ceil_divide(t.tile_rows + g.h.shifts - 1, warps));
+  return rows * t.depth * g.octets *
+         (kRowOfMatrices + kMatricesCycles * std::ceil(t.raw_pitch / 32.0));
+}
 
 }  // namespace
 
@@ -66,30 +98,26 @@ double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& devi
     // Both warpgroups, who share the tensor cores.
     const double sums = double(ceil_divide(g.steps(r), promoted_steps(g.products)));
     const double multiply = g.steps(r) * (g.products * t.columns + kStepCycles) +
-                            sums * kPromoteCycles + stages * kDrainCycles;
-    const double passes =
-        std::ceil(double(t.depth) * t.source_cells / gemm_converter_threads(t.columns));
-    const double copy =
-        (g.mixes_phases() ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddled : 1);
-    const double slowly = t.columns <= kFewColumns ? kTogether : 1;
-    // The vectors that a thread looks at in each box, four at a time.
-    const int lanes = gemm_converter_threads(t.columns) / t.max_groups << t.max_pieces_log;
-    const double vectors = double(round_up(ceil_divide(t.raw_cells, kVector * lanes), 4));
-    const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles * slowly;
-    const double pass = kConvertCycles * slowly + (t.bulk ? 0 : copy);
+                            (g.is_half() ? 0 : sums * kPromoteCycles) +
+                            stages * (g.is_half() ? kHalfDrainCycles : kDrainCycles);
+    const double passes = std::ceil(double(t.depth) * t.source_cells /
+                                    gemm_converter_threads(g.element_bytes, t.columns));
     read += stages * t.raw_bytes * t.row_blocks * g.groups;
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
-    const double staging = t.height * kRowCycles * (t.paired ? 1 : kUnpairedRows);
+    const double staging =
+        t.height * (g.is_half() ? kHalfRowCycles : kRowCycles) * (t.paired ? 1 : kUnpairedRows);
     const double runs = t.boxed ? 0 : (16 >> t.woven_log) * t.runs * kRunCycles;
     // Warps without a row store nothing; the blocks of the fullest rows are the last to end.
     const double filled = std::min(1.0, double(g.class_rows) / t.row_tile);
-    const double store =
-        t.neighbours ? filled * (staging + runs) : rows * t.tile_rows * t.width * kApartCycles;
-    const double halves = t.neighbours && t.staged_halves == 1 ? kHalfCycles : 0;
-    const double consume = multiply + store + halves + kJobCycles;
+    const double across = t.height * std::ceil(t.width / 16.0) * kAcrossCycles;
+    const double store = t.neighbours ? filled * (staging + runs)
+                         : t.across   ? filled * across
+                                      : rows * t.tile_rows * t.width * kApartCycles;
+    const double halves = !g.is_half() && t.neighbours && t.staged_halves == 1 ? kHalfCycles : 0;
+    const double consume = multiply + store + halves + (g.is_half() ? kHalfJobCycles : kJobCycles);
     // A group works on one stage; a raw stage is loaded, looked at and converted.
-    const double stage = kStageCycles + look + passes * pass;
+    const double stage = g.is_half() ? half_stage(g, t, passes) : float_stage(g, t, passes);
     const double convert = stages * std::max(stage / kConverterGroups,
                                              t.bulk ? (kLoadCycles + stage) / t.raw_stages : 0);
     cycles += t.row_blocks * (std::max(consume, convert) + kOverlap * std::min(consume, convert));

@@ -1,7 +1,8 @@
 // The last kernel of implicit_gemm: the jobs whose data fp16 cannot carry, once more in float32.
 //
 // The main kernel splits floats into fp16 parts with one scale for a job. NaN, Inf and ranges wider
-// than fp16's do not survive that; where it meets them it sets the job's byte in bad_jobs. This
+// than fp16's do not survive that; where it meets them it sets the job's byte in bad_jobs, and of
+// 16 bits where a sum is not finite, because it multiplies zeros that the definition does not. This
 // kernel follows it on the stream, always, since only the device knows the flags, and computes
 // every result of those jobs from the convolution's definition and the tensors themselves.
 //
@@ -15,6 +16,7 @@
 
 #include "cuda/check.h"
 #include "cuda/implicit_gemm.h"
+#include "cuda/types.cuh"
 
 namespace convops::cuda {
 namespace {
@@ -37,7 +39,8 @@ CONVOPS_HOST_DEVICE Chunks touched_chunks(const GemmProblem& g, const GemmTile& 
   const int last = (end < g.class_rows ? end : g.class_rows) - 1;
   // As in gemm_row: horizontal phases first, then channels, then vertical phases. Channels sorted
   // by kinds stay among themselves: they are 8 rows of each kind.
-  static_assert(64 % (8 * kSector) == 0, "blocks of rows are whole groups of sorted channels");
+  static_assert(64 % (8 << kMostChannelKindsLog) == 0,
+                "blocks of rows are whole groups of sorted channels");
   const auto chunk = [&](int row) {
     const int line = row / g.w.block;
     return line / g.rows * phase_chunks(g) + line % g.rows / kRows;
@@ -65,6 +68,7 @@ __device__ __forceinline__ int source_index(const GemmAxis& axis, int result, in
 }
 
 // One piece of a job. All threads of the block take part, those without a result as well.
+template <typename E>
 __device__ __forceinline__ void compute(const GemmProblem& g, const GemmTile& t,
                                         const GemmOperands& operands, const GemmJob& job,
                                         int piece) {
@@ -85,15 +89,15 @@ __device__ __forceinline__ void compute(const GemmProblem& g, const GemmTile& t,
   const bool valid = pixel < pixels.count && column < t.width * g.w.block && image < g.images &&
                      cell < g.cells_h && h >= 0 && h < result.size[2] && w < result.size[3];
   const int64_t first_sum = int64_t(job.group) * g.sums, first_row = int64_t(job.group) * g.rows;
-  const float* image_source =
-      operands.source + image * source.stride[0] + first_sum * source.stride[1];
+  const E* image_source = static_cast<const E*>(operands.source) + image * source.stride[0] +
+                          first_sum * source.stride[1];
 
   // The weight that the thread stages in every step.
   const int staged_sum = threadIdx.x % kSums, staged_row = threadIdx.x / kSums;
   const int staged_end = first_channel + staged_row < g.rows ? g.sums : 0;
-  const float* weight = operands.weight + job.group * g.weight_group_stride +
-                        staged_sum * g.weight_sum_stride +
-                        (first_channel + staged_row) * g.weight_row_stride;
+  const E* weight = static_cast<const E*>(operands.weight) + job.group * g.weight_group_stride +
+                    staged_sum * g.weight_sum_stride +
+                    (first_channel + staged_row) * g.weight_row_stride;
   __shared__ __align__(16) float weights[kSums][kRows];
 
   float sums[kRows] = {};
@@ -106,17 +110,18 @@ __device__ __forceinline__ void compute(const GemmProblem& g, const GemmTile& t,
       // no products outside.
       const bool counts = g.h.transposed ? inside : valid;
       if (!__syncthreads_or(counts)) continue;
-      const float* from = image_source + source_h * source.stride[2] + source_w * source.stride[3];
-      const float* tap_weight = weight + kh * g.weight_h_stride + kw * g.weight_w_stride;
+      const E* from = image_source + source_h * source.stride[2] + source_w * source.stride[3];
+      const E* tap_weight = weight + kh * g.weight_h_stride + kw * g.weight_w_stride;
       for (int k0 = 0; k0 < g.sums; k0 += kSums) {
         // All loads of the step are on their way before the first is waited for.
         const int count = min(kSums, g.sums - k0);
-        const float own =
-            k0 + staged_sum < staged_end ? tap_weight[k0 * g.weight_sum_stride] : 0.0f;
+        const float own = k0 + staged_sum < staged_end
+                              ? convert<float>(tap_weight[k0 * g.weight_sum_stride])
+                              : 0.0f;
         float values[kSums];
 #pragma unroll
         for (int k = 0; k < kSums; ++k, from += source.stride[1])
-          values[k] = inside && k < count ? *from : 0.0f;
+          values[k] = inside && k < count ? convert<float>(*from) : 0.0f;
         __syncthreads();
         weights[staged_sum][staged_row] = own;
         __syncthreads();
@@ -131,17 +136,19 @@ __device__ __forceinline__ void compute(const GemmProblem& g, const GemmTile& t,
     }
 
   if (!valid) return;
-  float* to =
-      operands.result + image * result.stride[0] + h * result.stride[2] + w * result.stride[3];
+  E* to = static_cast<E*>(operands.result) + image * result.stride[0] + h * result.stride[2] +
+          w * result.stride[3];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     if (first_channel + i >= g.rows) return;
     const int64_t channel = first_row + first_channel + i;
-    const float bias = operands.bias ? operands.bias[channel * g.bias_stride] : 0.0f;
-    to[channel * result.stride[1]] = sums[i] + bias;
+    const auto* const biases = static_cast<const E*>(operands.bias);
+    const float bias = biases ? convert<float>(biases[channel * g.bias_stride]) : 0.0f;
+    to[channel * result.stride[1]] = convert<E>(sums[i] + bias);
   }
 }
 
+template <typename E>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     recompute_kernel(const __grid_constant__ GemmProblem g, const __grid_constant__ GemmTile t,
                      const __grid_constant__ GemmOperands operands, int pieces) {
@@ -165,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       for (uint32_t mask = bad[word]; mask; mask &= mask - 1) {
         const int job = first + word * 32 + __ffs(mask) - 1;
         for (; turn < pieces; turn += int(gridDim.x))
-          compute(g, t, operands, gemm_job(g, t, job), turn);
+          compute<E>(g, t, operands, gemm_job(g, t, job), turn);
         turn -= pieces;
       }
   }
@@ -182,8 +189,15 @@ void recompute_bad_jobs(const GemmProblem& gemm, const GemmTile& tile, const Gem
   const int pieces = chunks * Pixels(gemm, tile).pieces();
   const auto grid = unsigned(
       std::min<int64_t>(int64_t(processors) * kBlocksPerProcessor, int64_t(tile.jobs) * pieces));
-  recompute_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(gemm, tile, operands,
-                                                                             pieces);
+  const auto launch = [&]<typename E>(E) {
+    recompute_kernel<E><<<grid, kThreads, 0, cudaStream_t(stream)>>>(gemm, tile, operands, pieces);
+  };
+  if (gemm.dtype == DType::kFloat32)
+    launch(float{});
+  else if (gemm.dtype == DType::kFloat16)
+    launch(__half{});
+  else
+    launch(__nv_bfloat16{});
   CONVOPS_LAUNCH_CHECK("implicit_gemm exact");
 }
 

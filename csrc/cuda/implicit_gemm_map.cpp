@@ -8,59 +8,71 @@
 
 namespace convops::cuda {
 
-int source_kinds(const GemmProblem& g) {
-  return int(kVector / std::gcd(g.source.stride[2], int64_t{kVector}));
+int source_kinds(const GemmProblem& g) { return 1 << kinds_log(g.source.stride[2], g.vector()); }
+
+bool has_octets(const GemmProblem& g, const Tensor4& t) {
+  const auto whole = [&](int i) { return t.stride[i] % kOctet == 0; };
+  return g.is_half() && t.stride[1] == 1 && whole(0) && whole(2) && whole(3);
 }
 
-// Elements of a row must be neighbours, channels begin at multiples of 16 bytes, and rows follow
-// each other where a box has the end of the row before: what lies between them is not the tensor's.
-// No cell may have elements of both. Of cells that are several elements the phases must be whole
-// channels of a block of the sum, each row of a cell in one kind's box and aligned there to its own
-// length, but for its origin.
+// Elements of a row must be neighbours, channels of a kind begin at multiples of 16 bytes, and rows
+// (and channels) follow each other where a box has the end of what is before: what lies between
+// them is not the tensor's. No cell may have elements of both. Of cells that are several elements
+// the phases must be whole channels of a block of the sum, each row of a cell in one kind's box and
+// aligned there to its own length, but for its origin.
 bool can_copy_bulk(const GemmProblem& g) {
   constexpr int64_t kMaxStride = int64_t{1} << 36;
   const auto& [size, stride] = g.source;
-  const int kinds = source_kinds(g), phases = g.phases();
+  const int kinds = source_kinds(g), channel_kinds = 1 << g.sum_kinds_log, phases = g.phases();
   const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
-  const bool own = kinds == 1 || (stride[2] == size[3] && g.w.source_origin == 0);
+  const bool own = (kinds == 1 || (stride[2] == size[3] && g.w.source_origin == 0)) &&
+                   (channel_kinds == 1 || stride[1] == size[2] * stride[2]);
   const bool patch = g.sum_classes == 1 && g.block_sums % phases == 0 && g.h.phases % kinds == 0 &&
-                     g.w.phases <= kVector && stride[2] % g.w.phases == 0;
-  return stride[3] == 1 && fits(0) && fits(1) && fits(2) && stride[0] % kVector == 0 &&
-         stride[1] % kVector == 0 && size[2] >= kinds && own && (phases == 1 || patch);
+                     g.w.phases <= kMostRun && stride[2] % g.w.phases == 0;
+  return stride[3] == 1 && fits(0) && fits(1) && fits(2) && stride[0] % g.vector() == 0 &&
+         (stride[1] << g.sum_kinds_log) % g.vector() == 0 && size[2] >= kinds && own &&
+         kinds * channel_kinds <= kMaxSourceKinds && (phases == 1 || patch);
 }
 
-// Every row of a kind, from the last multiple of 16 bytes before where the first begins.
-void make_source_maps(const GemmProblem& g, const GemmTile& t, const float* source,
+// Every row of a kind in every channel of a kind, from the last multiple of 16 bytes before where
+// the first begins.
+void make_source_maps(const GemmProblem& g, const GemmTile& t, const void* source,
                       CUtensorMap* maps) {
   const auto& [size, stride] = g.source;
-  const int kinds = 1 << t.source_kinds_log;
-  const int box[4] = {t.raw_pitch, t.raw_cells / t.raw_pitch, t.raw_channels, 1};
-  for (int kind = 0; kind < kinds; ++kind) {
-    const int64_t first = kind * stride[2], before = first % kVector;
-    maps[kind] = make_map(source + first - before,
-                          {size[3] + before, ceil_divide(size[2] - kind, kinds), size[1], size[0]},
-                          {kinds * stride[2], stride[1], stride[0]}, box);
-  }
+  const int kinds = 1 << t.source_kinds_log, channel_kinds = 1 << g.sum_kinds_log;
+  const int channels = t.octets_apart ? kOctet : t.raw_channels;
+  const int box[4] = {t.raw_pitch, t.raw_cells / t.raw_pitch, channels, 1};
+  for (int kind = 0; kind < kinds; ++kind)
+    for (int channel = 0; channel < channel_kinds; ++channel) {
+      const int64_t first = kind * stride[2] + channel * stride[1], before = first % g.vector();
+      maps[kind * channel_kinds + channel] =
+          make_map(static_cast<const uint8_t*>(source) + (first - before) * g.element_bytes,
+                   {size[3] + before, ceil_divide(size[2] - kind, kinds),
+                    ceil_divide(size[1] - channel, channel_kinds), size[0]},
+                   {kinds * stride[2], channel_kinds * stride[1], stride[0]}, box, g.element_bytes);
+    }
 }
 
-// Every row of a kind in every channel of a kind, from where its first sector begins; of its end
-// only whole vectors of 16 bytes, because the copy engine does not write less. What a box has
-// between channels lies outside: then a map's row is the tile's, and where that begins, in sectors,
-// a dimension of its own.
-void make_result_maps(const GemmProblem& g, const GemmTile& t, float* result, CUtensorMap* maps) {
+// Every row of a kind in every channel of a kind, from its first multiple of 16 bytes on; of its
+// end only whole vectors of them, because the copy engine does not write less. What a box has
+// between channels lies outside: then a map's row is the tile's, and where that begins, in chunks
+// of a gap, a dimension of its own.
+void make_result_maps(const GemmProblem& g, const GemmTile& t, void* result, CUtensorMap* maps) {
   const auto& [size, stride] = g.result;
+  const int vector = g.vector();
   const int row_kinds = 1 << t.row_kinds_log, channel_kinds = 1 << g.channel_kinds_log;
   const int box[5] = {t.box_pitch, 8 >> t.woven_log, 1, 1, 1};
   for (int row = 0; row < row_kinds; ++row)
     for (int channel = 0; channel < channel_kinds; ++channel) {
-      const int64_t first = row * stride[2] + channel * stride[1],
-                    left_out = t.to_border(int(first));
+      const int64_t first = row * stride[2] + channel * stride[1];
+      const int64_t left_out = round_up(first, vector) - first;
       maps[row * channel_kinds + channel] = make_map(
-          result + first + left_out,
-          {t.has_gaps() ? t.box_width : (size[3] - left_out) / kVector * kVector,
-           ceil_divide(size[1] - channel, channel_kinds), t.has_gaps() ? size[3] / kSector : 1,
+          static_cast<uint8_t*>(result) + (first + left_out) * g.element_bytes,
+          {t.has_gaps() ? t.box_width : (size[3] - left_out) / vector * vector,
+           ceil_divide(size[1] - channel, channel_kinds), t.has_gaps() ? size[3] / kGap : 1,
            ceil_divide(size[2] - row, row_kinds), size[0]},
-          {channel_kinds * stride[1], kSector, row_kinds * stride[2], stride[0]}, box);
+          {channel_kinds * stride[1], kGap, row_kinds * stride[2], stride[0]}, box,
+          g.element_bytes);
     }
 }
 

@@ -1,6 +1,6 @@
 // The weights of implicit_gemm as its main kernel streams them. A block of threads packs one result
-// channel: finds its largest weight, scales by a power of two, rounds or splits into fp16 and
-// writes
+// channel: finds its largest weight, scales by a power of two, rounds or splits into fp16 (weights
+// of 16 bits stay what they are) and writes
 //
 //   packed[unit][sum class][sum block][step][plane][row][8 halves]
 //
@@ -9,6 +9,8 @@
 // layout wgmma reads. It is done anew in every call: 0.02 ms, and nothing can be out of date.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "cuda/check.h"
 #include "cuda/implicit_gemm.h"
@@ -25,6 +27,9 @@ constexpr int kThreads = 256;
 // accident.
 constexpr int kRareChannels = 64;  // one in so many
 constexpr int kTapsOfLane = 4;     // of a channel, whose taps up to 32 lanes share
+
+template <typename E>
+constexpr bool kIsFloat = std::is_same_v<E, float>;
 
 // Bits of the magnitude of a row's weight number `tap` of channel k.
 __device__ uint32_t magnitude_bits(const GemmProblem& g, const float* weight, int k, int tap) {
@@ -68,11 +73,10 @@ __device__ Scale find_scale(const GemmProblem& g, const float* weight) {
   return scale;
 }
 
-// An octet of the sum from k on, at a tap, for a row: high parts and what they leave.
-__device__ void pack_octet(const GemmProblem& g, const float* weight, const GemmRow& row,
-                           int sum_class, int k, const GemmTap& tap, float factor,
-                           __half2 (&high)[4], __half2 (&low)[4]) {
-  float values[kOctet];
+// The weights of an octet of the sum from k on, at a tap, for a row. E: float, or 16 bits.
+template <typename E>
+__device__ void read_octet(const GemmProblem& g, const E* weight, const GemmRow& row, int sum_class,
+                           int k, const GemmTap& tap, E (&values)[kOctet]) {
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) {  // no load waits for another
     const GemmSum sum = gemm_sum(g, sum_class, k + i);
@@ -81,8 +85,13 @@ __device__ void pack_octet(const GemmProblem& g, const float* weight, const Gemm
     const bool exists = k + i < g.class_sums && min(h, w) >= 0;
     const int64_t place =
         sum.channel * g.weight_sum_stride + h * g.weight_h_stride + w * g.weight_w_stride;
-    values[i] = exists ? weight[place] : 0;
+    values[i] = exists ? weight[place] : E{0};
   }
+}
+
+// High parts and what they leave.
+__device__ void split_octet(const float (&values)[kOctet], float factor, __half2 (&high)[4],
+                            __half2 (&low)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float a = factor * values[2 * i], b = factor * values[2 * i + 1];
@@ -93,15 +102,20 @@ __device__ void pack_octet(const GemmProblem& g, const float* weight, const Gemm
 }
 
 // Grid: x result channels of a group, y groups.
+template <typename E>
 __global__ void __launch_bounds__(kThreads)
     pack_weights_kernel(const __grid_constant__ GemmProblem g, const __grid_constant__ GemmTile t,
                         const __grid_constant__ GemmOperands operands) {
   const int channel = blockIdx.x, group = blockIdx.y;
-  const float* const weight =
-      operands.weight + group * g.weight_group_stride + channel * g.weight_row_stride;
-  const Scale scale = find_scale(g, weight);
-  if (threadIdx.x == 0)
-    operands.row_scales[group * g.rows + channel] = scale.fits ? scale.magnitude : -scale.magnitude;
+  const E* const weight = static_cast<const E*>(operands.weight) + group * g.weight_group_stride +
+                          channel * g.weight_row_stride;
+  Scale scale{};
+  if constexpr (kIsFloat<E>) {
+    scale = find_scale(g, weight);
+    if (threadIdx.x == 0)
+      operands.row_scales[group * g.rows + channel] =
+          scale.fits ? scale.magnitude : -scale.magnitude;
+  }
   const int blocks = gridDim.x * gridDim.y, block = group * gridDim.x + channel;
   for (int i = block * kThreads + threadIdx.x; i < t.jobs; i += blocks * kThreads)
     operands.bad_jobs[i] = 0;
@@ -126,13 +140,18 @@ __global__ void __launch_bounds__(kThreads)
         // The second plane is the block's next octet or, where it has one, the next tap.
         const int octet = rest / count * g.octets + plane % g.octets;
         const int tap = (begin + rest % count) * g.step_taps() + plane % g.step_taps();
-        __half2 high[4], low[4];
-        pack_octet(g, weight, where, sum_class, octet * kOctet, g.taps[tap], scale.factor, high,
-                   low);
+        alignas(uint4) E values[kOctet];
+        read_octet(g, weight, where, sum_class, octet * kOctet, g.taps[tap], values);
         uint4* const place = packed + (int64_t(step) * planes + plane) * t.row_tile;
-        *place = *reinterpret_cast<const uint4*>(high);
-        if (planes > kStepOctets)
-          place[kStepOctets * t.row_tile] = *reinterpret_cast<const uint4*>(low);
+        if constexpr (kIsFloat<E>) {
+          __half2 high[4], low[4];
+          split_octet(values, scale.factor, high, low);
+          *place = *reinterpret_cast<const uint4*>(high);
+          if (planes > kStepOctets)
+            place[kStepOctets * t.row_tile] = *reinterpret_cast<const uint4*>(low);
+        } else {
+          *place = *reinterpret_cast<const uint4*>(values);
+        }
       }
     }
   }
@@ -142,8 +161,11 @@ __global__ void __launch_bounds__(kThreads)
 
 void pack_weights(const GemmProblem& g, const GemmTile& t, const GemmOperands& operands,
                   void* stream) {
-  pack_weights_kernel<<<dim3(g.rows, g.groups), kThreads, 0, cudaStream_t(stream)>>>(g, t,
-                                                                                     operands);
+  const dim3 grid(g.rows, g.groups);
+  if (g.is_half())
+    pack_weights_kernel<uint16_t><<<grid, kThreads, 0, cudaStream_t(stream)>>>(g, t, operands);
+  else
+    pack_weights_kernel<float><<<grid, kThreads, 0, cudaStream_t(stream)>>>(g, t, operands);
   CONVOPS_LAUNCH_CHECK("implicit_gemm weights");
 }
 

@@ -16,36 +16,53 @@ namespace {
 
 constexpr int kBlocks[] = {1, 2, 4};
 constexpr int kLargestBox = 256;             // the copy engine's, along any side
-constexpr int kBoxAlignment = 32;            // of its boxes in shared memory, in floats
+constexpr int kBoxAlignment = 128;           // of its boxes in shared memory, in bytes
 constexpr int kFewRows = 64, kFewSums = 16;  // below them an instruction is not full
 
 int64_t align(int64_t bytes) { return round_up(bytes, 256); }
 
-void set_raw_channels(GemmTile& t, int channels) {
+void set_raw_channels(const GemmProblem& g, GemmTile& t, int channels) {
   constexpr int kGroups = 16;
   t.raw_channels = channels;
   t.max_groups = std::max(kGroups, channels);
   t.max_pieces_log = std::countr_zero(unsigned(t.max_groups / channels));
-  t.by_max_lanes = Divisor(gemm_converter_threads(t.columns) / t.max_groups);
+  t.by_max_lanes =
+      Divisor(std::max(1, gemm_converter_threads(g.element_bytes, t.columns) / t.max_groups));
+}
+
+int align_box(const GemmProblem& g, int64_t elements) {
+  return int(round_up(elements, kBoxAlignment / g.element_bytes));
 }
 
 // The source as boxes; false where the copy engine cannot have them.
 bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
   const int kinds = source_kinds(g), rows = (t.tile_rows + g.h.shifts - 1) * g.h.phases;
-  // A row begins at a multiple of 16 bytes, up to three floats before the tile: as many for every
+  const int vector = g.vector();
+  // A row begins at a multiple of 16 bytes, less than a vector before the tile: as much for every
   // tile where tiles are whole vectors.
-  const bool aligned = t.tiles_w == 1 || t.step * g.w.phases % kVector == 0;
-  const int before = aligned && kinds == 1 ? g.w.source(g.w.first) & (kVector - 1) : kVector - 1;
+  const bool aligned = t.tiles_w == 1 || t.step * g.w.phases % vector == 0;
+  const int before = aligned && kinds == 1 && g.sum_kinds_log == 0
+                         ? g.w.source(g.w.first) & (vector - 1)
+                         : vector - 1;
   const int raw_rows = int(ceil_divide(rows, kinds));
   t.bulk = true;
+  t.by_octets = false;
   t.source_kinds_log = std::countr_zero(unsigned(kinds));
-  set_raw_channels(t, t.depth * g.block_sums / g.phases());
-  t.raw_pitch = int(round_up(t.pitch * g.w.phases + before, kVector));
+  set_raw_channels(g, t, t.depth * g.block_sums / g.phases());
+  t.raw_pitch = int(round_up(t.pitch * g.w.phases + before, vector));
+  // Channels in different banks, where eight of them are read at a time.
+  if (g.is_half() && t.raw_pitch / kOctet % 2 == 0 && t.raw_pitch < kLargestBox)
+    t.raw_pitch += kOctet;
   t.raw_cells = raw_rows * t.raw_pitch;
-  t.raw_box = int(round_up(t.raw_cells * t.raw_channels, kBoxAlignment));
+  t.octets_apart = g.sum_kinds_log > 0;
+  t.raw_octet = t.raw_cells * kOctet;
+  if (t.octets_apart) t.raw_octet = align_box(g, t.raw_octet);
+  t.raw_box = align_box(g, int64_t{t.raw_cells} * t.raw_channels);
+  if (t.octets_apart) t.raw_box = t.raw_octet * (t.raw_channels / kOctet);
   // Room for cells one by one as well, should the source's address be unfit.
-  const int cells = int(round_up(t.source_cells, kVector)) * t.depth * g.block_sums;
-  t.raw_bytes = std::max(kinds * t.raw_box, cells) * 4;
+  const int cells = int(round_up(t.source_cells, vector)) * t.depth * g.block_sums;
+  t.raw_bytes =
+      (g.is_half() ? kinds * t.raw_box : std::max(kinds * t.raw_box, cells)) * g.element_bytes;
   // Elements of patches are at the same places in all tiles, and vectors of a run aligned.
   t.run = g.phases() > 1 ? std::gcd(g.w.phases, g.w.source_origin) : 0;
   return !t.straddles && t.raw_pitch <= kLargestBox && raw_rows <= kLargestBox &&
@@ -86,10 +103,15 @@ void describe_results(const GemmProblem& g, GemmTile& t) {
   const int block = g.w.block;
   t.neighbours = are_neighbours(g);
   t.woven_log = t.neighbours ? block / 2 : 0;
+  // Whole sectors of a warp's 16 channels.
+  t.across =
+      !t.neighbours && block == 1 && g.h.block == 1 && g.rows % 16 == 0 && has_octets(g, g.result);
   t.paired = t.neighbours && block == 1 && (stride[0] | stride[1] | stride[2] | size[3]) % 2 == 0;
-  t.row_kinds_log = kinds_log(stride[2]);
-  const int most = std::max({t.row_kinds_log, kinds_log(stride[1]), kinds_log(stride[0])});
-  t.overlap = t.neighbours ? kSector - (kSector >> most) : 0;
+  t.row_kinds_log = kinds_log(stride[2], g.vector());
+  const int sector = g.sector();
+  const auto kinds = [&](int i) { return kinds_log(stride[i], sector); };
+  const int most = std::max({kinds(0), kinds(1), kinds(2)});
+  t.overlap = t.neighbours ? sector - (sector >> most) : 0;
 }
 
 // Whether the results of eight rows can leave as boxes: whole channels of one vertical phase and
@@ -103,8 +125,8 @@ bool boxes_pay(const GemmProblem& g, const GemmTile& t) {
   const bool whole =
       g.rows % channels == 0 || (g.groups == 1 && (g.row_classes > 1 || g.h.block == 1));
   return t.neighbours && whole && kinds <= kMaxKinds &&
-         kinds_log(stride[1]) == g.channel_kinds_log && stride[0] % kSector == 0 && stride[0] > 0 &&
-         stride[1] > 0 && stride[2] > 0 && (kinds == 1 || size[3] >= kShortRow) &&
+         kinds_log(stride[1], g.sector()) == g.channel_kinds_log && stride[0] % g.sector() == 0 &&
+         stride[0] > 0 && stride[1] > 0 && stride[2] > 0 && (kinds == 1 || size[3] >= kShortRow) &&
          size[2] >= row_kinds && size[1] >= channel_kinds && t.box_pitch <= kLargestBox;
 }
 
@@ -138,19 +160,20 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
   // Where stages end in the middle of a sum; elsewhere the second warpgroup would only have more of
   // them.
   const int sum_steps = promoted_steps(g.products);
-  t.staggered = depth * g.step_count(0, 0) % sum_steps == sum_steps / 2;
+  t.staggered = !g.is_half() && depth * g.step_count(0, 0) % sum_steps == sum_steps / 2;
   t.row_tile = row_tile;
   t.weight_stage_bytes = gemm_weight_stage_bytes(g.products, row_tile);
   t.columns = columns;
   describe_results(g, t);
   const auto& stride = g.result.stride;
-  const int block = g.w.block;
+  const int block = g.w.block, sector_size = g.sector();
   t.step = t.width = int(ceil_divide(g.cells_w, parts));
   // Rows of whole chunks of memory may be cut between them.
-  const bool chunks = t.neighbours && t.overlap == 0 && (t.step << t.woven_log) % kChunk == 0 &&
+  const bool chunks = t.neighbours && t.overlap == 0 &&
+                      (t.step << t.woven_log) % chunk_elements(g.element_bytes) == 0 &&
                       g.result.size[3] == int64_t{t.step} * parts * block;
   if (parts > 1 && t.neighbours && !chunks) {
-    const int sector = kSector >> t.woven_log;
+    const int sector = sector_size >> t.woven_log;
     // An odd number of sectors: channels lie in different banks of shared memory then.
     t.step = int(ceil_divide(t.step, sector) | 1) * sector;
     t.width = t.step + int(ceil_divide(t.overlap + g.w.result_origin, 1 << t.woven_log));
@@ -179,11 +202,11 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
   t.jobs = int(jobs);
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
   if (!bulk || !copy_in_bulk(g, t)) copy_by_cells(g, t);
-  t.box_width = int(round_up(t.step << t.woven_log, kSector));
-  t.box_pitch = t.box_width + (chunks ? kSector : 0);
-  t.box_floats = int(round_up(t.box_pitch * (8 >> t.woven_log), kBoxAlignment));
+  t.box_width = int(round_up(t.step << t.woven_log, sector_size));
+  t.box_pitch = t.box_width + (chunks ? kGap : 0);
+  t.box_elements = align_box(g, t.box_pitch * (8 >> t.woven_log));
   t.boxed = boxes_pay(g, t);
-  t.has_edges = t.overlap > 0 || g.result.size[3] % kVector != 0;
+  t.has_edges = t.overlap > 0 || g.result.size[3] % g.vector() != 0;
   // Rows that follow each other leave at once, but where another image begins.
   t.joined = t.neighbours && block == 1 && g.h.block == 1 && t.tiles_w == 1 &&
              stride[2] == g.result.size[3];
@@ -192,18 +215,19 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
                           : 1 + int(ceil_divide(t.height - 1, t.image_rows));
   // Slots of whole vectors, with room for where the row begins. Lines are apart from each other's
   // banks.
-  constexpr int kSkew = 3;
-  t.slot = t.joined ? t.width : int(round_up((t.width << t.woven_log) + kSkew, kVector));
-  const int line = t.height * t.slot + (t.joined ? kSkew * (t.runs + 1) : 0);
+  const int skew = g.vector() - 1;
+  t.slot = t.joined ? t.width : int(round_up((t.width << t.woven_log) + skew, g.vector()));
+  const int line = t.height * t.slot + (t.joined ? skew * (t.runs + 1) : 0);
   t.line = int(round_up(line + 8, 16)) - 8;
   // The last tap of the last warpgroup reads `columns` cells whether they are kept or not.
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
   t.part = g.octets * t.plane;
   t.stage_cells = t.depth * t.part * (g.products == 3 ? 2 : 1);
-  t.line_floats = t.neighbours ? (8 >> t.woven_log) * t.line : 8 * gemm_stage_pitch(columns);
-  t.line_floats = int(round_up(t.line_floats, kBoxAlignment));
-  t.staged_floats = t.boxed ? t.height * t.box_floats : t.line_floats;
+  const int lines = t.neighbours ? (8 >> t.woven_log) * t.line : 8 * gemm_stage_pitch(columns);
+  t.line_bytes = align_box(g, lines) * g.element_bytes;
+  if (t.across) t.line_bytes = kStepOctets * gemm_across_pitch(columns);
+  t.staged_bytes = t.boxed ? t.height * t.box_elements * g.element_bytes : t.line_bytes;
   // A descriptor has 14 bits for the cells between octets; between taps there are fewer.
   return t.plane < (1 << 14) && t.depth * step_count(g) <= kMaxTaps;
 }
@@ -222,7 +246,7 @@ std::vector<int> row_parts(const GemmProblem& g, int columns) {
     if (!same) result.push_back(int(parts));
   }
   if (!are_neighbours(g)) return result;  // chunks may have no whole cells
-  const int chunk = kChunk / g.w.block;
+  const int chunk = chunk_elements(g.element_bytes) / g.w.block;
   for (int cells = chunk; cells <= columns; cells += chunk)
     if (cells_w % cells == 0 && std::ranges::find(result, cells_w / cells) == result.end())
       result.push_back(cells_w / cells);
@@ -282,7 +306,7 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
       cells.octets == 1 ? 1 : std::min(kMaxStageSums / g.block_sums, 2 * g.sum_blocks - 1);
   for (const int row_tile : {64, 128}) {
     if (row_tile == 128 && g.class_rows <= 64) continue;
-    for (const int columns : kGemmColumns)
+    for (const int columns : gemm_columns(g.element_bytes))
       for (const int parts : row_parts(g, columns))
         for (int depth = 1; depth <= most; depth *= 2)
           for (const bool straddles : {false, true}) {
@@ -304,18 +328,21 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
 void store_lines(GemmTile& t) {
   t.boxed = false;
   t.staged_halves = 1;
-  t.staged_floats = t.line_floats;
+  t.staged_bytes = t.line_bytes;
 }
 
 void copy_by_cells(const GemmProblem& g, GemmTile& t) {
   t.bulk = false;
+  t.by_octets = !g.mixes_phases() && g.sums % kOctet == 0 && has_octets(g, g.source);
   t.raw_stages = kConverterGroups;  // each has its own
   t.run = t.source_kinds_log = 0;
-  set_raw_channels(t, t.depth * g.block_sums);
+  set_raw_channels(g, t, t.depth * g.block_sums);
   t.raw_pitch = t.pitch;
-  t.raw_cells = int(round_up(t.source_cells, kVector));
+  t.octets_apart = false;
+  t.raw_cells = int(round_up(t.source_cells, g.vector()));
+  t.raw_octet = t.raw_cells * kOctet;
   t.raw_box = t.raw_cells * t.raw_channels;
-  t.raw_bytes = t.raw_box * 4;
+  t.raw_bytes = g.is_half() ? 0 : t.raw_box * g.element_bytes;  // read without a stop there
 }
 
 GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
@@ -335,6 +362,8 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
   if (products < kStepOctets * kOctet)
     best.reason = "sums of fewer than 16 products: too few for an instruction and its error";
   if (products >= kMaxExtent) best.reason = "sums of 2^30 or more products";
+  if (element_size(p.dtype) == 2 && products > kMostHalfProducts)
+    best.reason = "sums of more than 2^14 products of 16 bits, which are not promoted";
   if (!best.reason.empty()) return best;
 
   best.reason = "no tile of its cells fits shared memory";

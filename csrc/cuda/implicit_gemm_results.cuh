@@ -6,6 +6,7 @@
 
 #include "cuda/implicit_gemm_stages.cuh"
 #include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/mma.cuh"
 
 namespace convops::cuda::implicit_gemm {
 
@@ -73,16 +74,29 @@ struct ResultRows {
   }
 };
 
-// Floats between an address and the multiple of 16 bytes before it.
-__device__ __forceinline__ int misalignment(const float* p) {
-  return int(reinterpret_cast<uintptr_t>(p) / 4 % 4);
+// Elements between an address and the multiple of 16 bytes before it.
+template <typename E>
+__device__ __forceinline__ int misalignment(const E* p) {
+  return int(reinterpret_cast<uintptr_t>(p) / sizeof(E) % vector_elements(sizeof(E)));
+}
+
+// Two neighbours, as they are stored together.
+__device__ __forceinline__ void store_pair(float* to, float a, float b) {
+  *reinterpret_cast<float2*>(to) = make_float2(a, b);
+}
+__device__ __forceinline__ void store_pair(__half* to, float a, float b) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* to, float a, float b) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
 }
 
 // Where row r of the tile begins in a line of shared memory: as far from a multiple of 16 bytes as
 // in the result.
+template <typename E>
 __device__ __forceinline__ int line_row(const GemmProblem& g, const GemmTile& t, const GemmJob& job,
                                         const ResultRows& rows, const RowPlace& place,
-                                        const float* result, int r) {
+                                        const E* result, int r) {
   const auto misaligned = [&](const ResultRow& row) {
     return misalignment(result + row.offset(g, job, place));
   };
@@ -90,7 +104,7 @@ __device__ __forceinline__ int line_row(const GemmProblem& g, const GemmTile& t,
   if (!t.joined) return r * t.slot + misaligned(row);
   const int between_images = int(g.result.stride[0]) - t.image_rows * int(g.result.stride[2]);
   return r * t.slot + misaligned(rows.find(t, 0)) +
-         (row.image - rows.image) * (between_images & (kVector - 1));
+         (row.image - rows.image) * (between_images & (vector_elements(sizeof(E)) - 1));
 }
 
 // Where a result of a lane lies among the eight rows that leave together.
@@ -112,8 +126,9 @@ __device__ __forceinline__ uint32_t elements_inside(int first, int step_log, int
 // Writes those of a lane's results that are among `count` neighbours from column `first` on to
 // to[0], ..., to[count - 1]. Of the tile's columns a thread has pairs, eight apart.
 template <typename T, bool kPaired>
-__device__ __forceinline__ void stage_row(float* to, int first, int count, int woven_log, int phase,
-                                          int half, const float (&totals)[T::kColumns / 2]) {
+__device__ __forceinline__ void stage_row(typename T::Element* to, int first, int count,
+                                          int woven_log, int phase, int half,
+                                          const float (&totals)[T::kColumns / 2]) {
   if constexpr (kPaired) woven_log = 0;
   const int element = (int(threadIdx.x % 4) * 2 << woven_log) + phase - first;
   const int pair = 1 << woven_log, step_log = 3 + woven_log;
@@ -129,10 +144,10 @@ __device__ __forceinline__ void stage_row(float* to, int first, int count, int w
         const float a = totals[4 * i + 2 * half], b = totals[4 * i + 2 * half + 1];
         const int at = 8 * (i - batch) << woven_log;
         if constexpr (kPaired) {
-          if (inside >> i & 1) *reinterpret_cast<float2*>(to + at) = make_float2(a, b);
+          if (inside >> i & 1) store_pair(to + at, a, b);
         } else {
-          if (inside >> i & 1) to[at] = a;
-          if (inside_too >> i & 1) to[at + pair] = b;
+          if (inside >> i & 1) to[at] = convert<typename T::Element>(a);
+          if (inside_too >> i & 1) to[at + pair] = convert<typename T::Element>(b);
         }
       }
     }
@@ -145,11 +160,12 @@ __device__ __forceinline__ void stage_row(float* to, int first, int count, int w
 template <typename T, bool kPaired>
 __device__ __forceinline__ void stage_boxes(const GemmProblem& g, const GemmTile& t,
                                             const LaneRow& lane, const ResultRows& rows,
-                                            const RowPlace& place, int half, float* staged,
+                                            const RowPlace& place, int half,
+                                            typename T::Element* staged,
                                             const float (&totals)[T::kColumns / 2]) {
-  float* box = staged + lane.line * t.box_pitch;
+  typename T::Element* box = staged + lane.line * t.box_pitch;
 #pragma unroll 1
-  for (int r = 0; r < t.height; ++r, box += t.box_floats)
+  for (int r = 0; r < t.height; ++r, box += t.box_elements)
     stage_row<T, kPaired>(box, (r * t.pitch << t.woven_log) + rows.find(t, r).shift(g, t, place),
                           t.box_width, t.woven_log, lane.phase, half, totals);
 }
@@ -161,7 +177,8 @@ template <typename T>
 __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile& t,
                                             const GemmJob& job, const LaneRow& lane,
                                             const ResultRows& rows, const RowPlace& place, int half,
-                                            float* result, const float (&totals)[T::kColumns / 2]) {
+                                            typename T::Element* result,
+                                            const float (&totals)[T::kColumns / 2]) {
   const int channel = lane.line << g.channel_kinds_log;
   if (place.channel < 0 || place.channel + channel >= int(g.result.size[1])) return;
   const int begin = job.column * g.w.block, width = int(g.result.size[3]);
@@ -171,10 +188,11 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
     const ResultRow at = rows.find(t, r);
     if (!at.exists(g, place)) continue;
     const int first = r * t.pitch << t.woven_log, shift = at.shift(g, t, place);
-    float* const row = result + at.offset(g, job, place) + channel * g.result.stride[1];
+    auto* const row = result + at.offset(g, job, place) + channel * g.result.stride[1];
     if (begin == 0) stage_row<T, false>(row, first, shift, t.woven_log, lane.phase, half, totals);
     if (!last) continue;
-    const int tail = min(shift + (width - shift) / kVector * kVector - begin, shift + t.box_width);
+    const int tail =
+        min(shift + (width - shift) / T::kVector * T::kVector - begin, shift + t.box_width);
     stage_row<T, false>(row + tail, first + tail, width - begin - tail, t.woven_log, lane.phase,
                         half, totals);
   }
@@ -182,21 +200,23 @@ __device__ __forceinline__ void store_edges(const GemmProblem& g, const GemmTile
 
 // Starts to copy boxes. All lanes know that they agree on the places: the instruction takes them
 // from registers of the warp.
+template <typename T>
 __device__ __forceinline__ void copy_boxes(const GemmProblem& g, const GemmTile& t,
                                            const GemmJob& job, const ResultRows& rows,
                                            const RowPlace& place, const CUtensorMap* maps,
-                                           const float* staged) {
+                                           const typename T::Element* staged) {
 #pragma unroll 1
   for (int r = 0; r < t.height; ++r) {
     const ResultRow row = rows.find(t, r);
     const int h = row.h(g, place), row_kind = h & ((1 << t.row_kinds_log) - 1);
     const int channel_kind = place.channel & ((1 << g.channel_kinds_log) - 1);
-    const int column = job.column * g.w.block;
+    // A map begins with whole vectors, a box with a sector.
+    const int column = job.column * g.w.block + (row.shift(g, t, place) & -T::kVector);
     const int32_t at[5] = {t.has_gaps() ? 0 : column, place.channel >> g.channel_kinds_log,
-                           t.has_gaps() ? column / kSector : 0, h >> t.row_kinds_log, row.image};
+                           t.has_gaps() ? column / kGap : 0, h >> t.row_kinds_log, row.image};
     if (row.exists(g, place) && threadIdx.x % kWarp == 0)
       ptx::store_box(&maps[(row_kind << g.channel_kinds_log) + channel_kind], at,
-                     staged + r * t.box_floats);
+                     staged + r * t.box_elements);
   }
 }
 
@@ -205,7 +225,8 @@ template <typename T, bool kPaired>
 __device__ __forceinline__ void stage_lines(const GemmProblem& g, const GemmTile& t,
                                             const GemmJob& job, const LaneRow& lane,
                                             const ResultRows& rows, const RowNote* notes, int half,
-                                            const float* result, float* staged,
+                                            const typename T::Element* result,
+                                            typename T::Element* staged,
                                             const float (&totals)[T::kColumns / 2]) {
   // Rows that are none are staged like others.
   const RowPlace place = notes[lane.line << t.woven_log].place;
@@ -218,10 +239,12 @@ __device__ __forceinline__ void stage_lines(const GemmProblem& g, const GemmTile
 
 // Starts to copy lines, a run of contiguous results a lane: a row of the tile, or those that follow
 // each other in an image. What is no whole vector of 16 bytes, at either end, is written at once.
+template <typename T>
 __device__ __forceinline__ void copy_lines(const GemmProblem& g, const GemmTile& t,
                                            const GemmJob& job, const ResultRows& rows,
-                                           const RowNote* notes, float* result,
-                                           const float* staged) {
+                                           const RowNote* notes, typename T::Element* result,
+                                           const typename T::Element* staged) {
+  constexpr int kVector = T::kVector;
   const bool last = ends_row(g, t, job);
   for (int i = threadIdx.x % kWarp; i < (8 >> t.woven_log) * t.runs; i += kWarp) {
     const int line = t.by_runs.quotient(i);
@@ -233,18 +256,18 @@ __device__ __forceinline__ void copy_lines(const GemmProblem& g, const GemmTile&
       count *= min(t.height, image + g.cells_h) - r;
     }
     if (count <= 0 || !rows.find(t, r).exists(g, place)) continue;
-    float* const to = result + rows.find(t, r).offset(g, job, place);
-    const float* const from = staged + line * t.line + line_row(g, t, job, rows, place, result, r);
+    auto* const to = result + rows.find(t, r).offset(g, job, place);
+    const auto* const from = staged + line * t.line + line_row(g, t, job, rows, place, result, r);
     const int border = t.to_border(int(to - result)), begin = job.column == 0 ? 0 : border;
     const int end = last ? count : t.step * g.w.block + border;
-    const int head = min(begin + (-misalignment(to + begin) & 3), end);
+    const int head = min(begin + (-misalignment(to + begin) & (kVector - 1)), end);
     const int tail = head + (end - head) / kVector * kVector;
 #pragma unroll
-    for (int j = 0; j < 3; ++j) {
+    for (int j = 0; j < kVector - 1; ++j) {
       if (begin + j < head) to[begin + j] = from[begin + j];
       if (tail + j < end) to[tail + j] = from[tail + j];
     }
-    if (head < tail) ptx::store_bulk(to + head, from + head, (tail - head) * 4);
+    if (head < tail) ptx::store_bulk(to + head, from + head, (tail - head) * int(sizeof *to));
   }
 }
 
@@ -253,8 +276,8 @@ __device__ __forceinline__ void copy_lines(const GemmProblem& g, const GemmTile&
 template <typename T>
 __device__ __forceinline__ void store_apart(const GemmProblem& g, const GemmTile& t,
                                             const GemmJob& job, const ResultRows& rows,
-                                            const RowNote* notes, float* result,
-                                            const float* staged) {
+                                            const RowNote* notes, typename T::Element* result,
+                                            const typename T::Element* staged) {
   const int lane = threadIdx.x % kWarp;
   const int64_t step = g.result.stride[3] * g.w.block;
   const RowPlace place = notes[lane % 8].place;
@@ -263,10 +286,47 @@ __device__ __forceinline__ void store_apart(const GemmProblem& g, const GemmTile
   for (int r = 0; r < t.height; ++r) {
     const ResultRow row = rows.find(t, r);
     if (!row.exists(g, place)) continue;
-    float* const to = result + row.offset(g, job, place);
-    const float* const from = staged + lane % 8 * T::kStagePitch + r * t.pitch;
+    auto* const to = result + row.offset(g, job, place);
+    const auto* const from = staged + lane % 8 * T::kStagePitch + r * t.pitch;
 #pragma unroll 1
     for (int i = lane / 8; i < count; i += kWarp / 8) to[i * step] = from[i];
+  }
+}
+
+// Writes the results of a warp's 16 rows by cells: 16 channels are a sector of memory, of which two
+// lanes have a half each.
+template <typename T>
+__device__ __forceinline__ void store_across(const GemmProblem& g, const GemmTile& t,
+                                             const GemmJob& job, const ResultRows& rows,
+                                             const RowPlace& place, typename T::Element* result,
+                                             uint8_t* staged,
+                                             const float (&totals)[T::kColumns / 2]) {
+  constexpr int kPitch = gemm_across_pitch(T::kColumns);
+  const int lane = threadIdx.x % kWarp, octet = lane % 2;
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(staged)) + lane / 8 % 2 * kPitch +
+                      (lane / 16 * 8 + lane % 8) * 16;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < T::kColumns / 8; i += 2) {
+    uint32_t matrices[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      store_pair(reinterpret_cast<typename T::Element*>(&matrices[j]), totals[4 * i + 2 * j],
+                 totals[4 * i + 2 * j + 1]);
+    ptx::store_transposed(to + i * 8 * 16, matrices);
+  }
+  __syncwarp();
+  const int count = min(t.width, results_left(g, job, place));
+#pragma unroll 1
+  for (int r = 0; r < t.height; ++r) {
+    const ResultRow row = rows.find(t, r);
+    if (!row.exists(g, place)) continue;
+    auto* const cells = result + row.offset(g, job, place) + octet * kOctet;
+    const uint8_t* const from = staged + octet * kPitch + r * t.pitch * 16;
+#pragma unroll 2
+    for (int i = lane / 2; i < count; i += kWarp / 2)
+      *reinterpret_cast<uint4*>(cells + i * g.result.stride[3]) =
+          *reinterpret_cast<const uint4*>(from + i * 16);
   }
 }
 
@@ -281,8 +341,9 @@ __device__ __forceinline__ bool note_rows(const GemmProblem& g, const GemmOperan
     const int row = job.row_block * T::kRowTile + (T::kRowTile == 128 ? warp : warp % 4) * kRows;
     RowNote note{0, 0, find_row(g, job, row + lane)};
     if (note.place.channel >= 0) {
-      note.scale = operands.row_scales[note.place.channel];
-      if (operands.bias) note.bias = operands.bias[note.place.channel * g.bias_stride];
+      note.scale = T::kHalf ? 1 : operands.row_scales[note.place.channel];
+      const auto* const biases = static_cast<const typename T::Element*>(operands.bias);
+      if (biases) note.bias = convert<float>(biases[note.place.channel * g.bias_stride]);
     }
     fits = !signbit(note.scale);
     notes[lane] = note;
@@ -290,41 +351,57 @@ __device__ __forceinline__ bool note_rows(const GemmProblem& g, const GemmOperan
   return __all_sync(~0u, fits);
 }
 
-// The results of a warp's rows, from its sums.
+// The results of a warp's rows, from its sums. Returns whether the lane's sums of 16 bits are
+// finite.
 template <typename T>
-__device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTile& t,
+__device__ __forceinline__ bool store_results(const GemmProblem& g, const GemmTile& t,
                                               const GemmOperands& operands, const GemmJob& job,
-                                              const RowNote* notes, float* staged,
+                                              const RowNote* notes, uint8_t* staged,
                                               float (&totals)[T::kColumns / 2]) {
+  using E = typename T::Element;
+  auto* const result = static_cast<E*>(operands.result);
+  bool finite = true;
   const int lane = threadIdx.x % kWarp, group = of_warp(threadIdx.x / kWarp / 4);
   const ResultRows rows(t, job.row + (T::kRowTile == 128 ? 0 : group * t.height));
   const LaneRow lane_row(g, t);
   const auto lines = [&](int half) {
-    return staged + half * (t.staged_halves - 1) * t.staged_floats;
+    return reinterpret_cast<E*>(staged + half * (t.staged_halves - 1) * t.staged_bytes);
   };
   // Of the first of eight rows.
   const auto first_place = [&](int half) {
     const RowPlace& place = notes[8 * half].place;
     return RowPlace{of_warp(place.channel), int16_t(of_warp(place.phase_h)), 0};
   };
-  if (first_place(0).channel < 0) return;  // the warp has no rows
+  if (first_place(0).channel < 0) return true;  // the warp has no rows
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float scale = notes[8 * half + lane / 4].scale, bias = notes[8 * half + lane / 4].bias;
+    const RowNote& note = notes[8 * half + lane / 4];
+    const float scale = note.scale, bias = note.bias;
+    float zeros[4] = {};  // or NaN: several, so that no addition waits for the one before
 #pragma unroll
     for (int i = 0; i < T::kColumns / 4; ++i) {
       float& total = totals[i / 2 * 4 + 2 * half + i % 2];
+      if constexpr (T::kHalf) zeros[i % 4] = fmaf(total, 0, zeros[i % 4]);
       total = fmaf(total, scale, bias);
     }
+    // Nobody wrote the weights of rows that are none.
+    if constexpr (T::kHalf)
+      finite &= zeros[0] + zeros[1] + zeros[2] + zeros[3] == 0 || note.place.channel < 0;
+    if constexpr (T::kHalf) {
+      if (t.across) {
+        if (half == 1) store_across<T>(g, t, job, rows, first_place(0), result, staged, totals);
+        continue;
+      }
+    }
     if (!t.neighbours) {
-      float* const line = lines(half);
+      E* const line = lines(half);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < T::kColumns / 8; ++i)
-        *reinterpret_cast<float2*>(&line[lane / 4 * T::kStagePitch + 8 * i + lane % 4 * 2]) =
-            make_float2(totals[4 * i + 2 * half], totals[4 * i + 2 * half + 1]);
+        store_pair(&line[lane / 4 * T::kStagePitch + 8 * i + lane % 4 * 2],
+                   totals[4 * i + 2 * half], totals[4 * i + 2 * half + 1]);
       __syncwarp();
-      store_apart<T>(g, t, job, rows, notes + 8 * half, operands.result, line);
+      store_apart<T>(g, t, job, rows, notes + 8 * half, result, line);
       continue;
     }
     if (half == 0 || t.staged_halves == 1) {  // what was copied from here has left
@@ -336,7 +413,7 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
       if (t.boxed)
         stage_boxes<T, kPaired>(g, t, lane_row, rows, place, half, lines(half), totals);
       else
-        stage_lines<T, kPaired>(g, t, job, lane_row, rows, notes + 8 * half, half, operands.result,
+        stage_lines<T, kPaired>(g, t, job, lane_row, rows, notes + 8 * half, half, result,
                                 lines(half), totals);
     };
     if (t.paired)
@@ -344,18 +421,19 @@ __device__ __forceinline__ void store_results(const GemmProblem& g, const GemmTi
     else
       stage.template operator()<false>();
     if (t.boxed && t.has_edges && (job.column == 0 || ends_row(g, t, job)))
-      store_edges<T>(g, t, job, lane_row, rows, place, half, operands.result, totals);
+      store_edges<T>(g, t, job, lane_row, rows, place, half, result, totals);
     if (half == 0 && t.staged_halves == 2) continue;  // one fence for both
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     __syncwarp();
 #pragma unroll 1
     for (int i = half + 1 - t.staged_halves; i <= half; ++i)
       if (t.boxed)
-        copy_boxes(g, t, job, rows, first_place(i), operands.result_maps, lines(i));
+        copy_boxes<T>(g, t, job, rows, first_place(i), operands.result_maps, lines(i));
       else
-        copy_lines(g, t, job, rows, notes + 8 * i, operands.result, lines(i));
+        copy_lines<T>(g, t, job, rows, notes + 8 * i, result, lines(i));
     ptx::store_commit();
   }
+  return finite;
 }
 
 }  // namespace convops::cuda::implicit_gemm

@@ -6,6 +6,7 @@
 
 #include "cuda/implicit_gemm.h"
 #include "cuda/implicit_gemm_scale.cuh"
+#include "cuda/types.cuh"
 
 namespace convops::cuda::implicit_gemm {
 
@@ -22,9 +23,16 @@ constexpr int kScaleStep = 4;
 // as if the row's largest weight were.
 constexpr float kSumUnit = kHalfUnit * kHalfUnit;
 
-template <int kProducts_, int kRowTile_, int kColumns_>
+// E: of the tensors' elements.
+template <typename E, int kProducts_, int kRowTile_, int kColumns_>
 struct Traits {
+  using Element = E;
   static constexpr int kProducts = kProducts_, kRowTile = kRowTile_, kColumns = kColumns_;
+  // Elements of 16 bits are multiplied as they are: no scales, no promotion, one accumulator.
+  static constexpr bool kHalf = sizeof(E) == 2;
+  // What the converters move; to them 16 bits are only bits.
+  using Raw = std::conditional_t<kHalf, uint16_t, float>;
+  static constexpr int kVector = vector_elements(sizeof(E));
   // Of a number: high, and with three products low.
   static constexpr int kParts = kProducts == 3 ? 2 : 1;
   // Of a step's weights, an octet each: two of high parts, then two of low parts.
@@ -39,17 +47,18 @@ struct Traits {
   static constexpr int kSumSteps = promoted_steps(kProducts);
   static constexpr int kFirstSteps = (kSumSteps / 2 + kSteps - 1) / kSteps * kSteps;
   static_assert(kSumSteps % kSteps == 0, "stages of weights end where sums are promoted");
-  static constexpr int kConverterThreads = gemm_converter_threads(kColumns);
+  static constexpr int kConverterThreads = gemm_converter_threads(sizeof(E), kColumns);
   static constexpr int kConverterWarps = kConverterThreads / kWarp;
   static constexpr int kThreads = kFirstConverter + kConverterGroups * kConverterThreads;
   // What a thread has at the launch. Of other numbers of threads ptxas would leave registers over,
   // and setmaxnreg wait for ever for what it is not given.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
   static_assert(kThreads % (4 * kWarp) == 0);
-  // Two accumulators and addresses for the consumers, what is left for the others.
-  static constexpr int kConsumerRegisters = kColumns > kRoomyColumns ? 208
-                                            : kColumns > kFewColumns ? 200
-                                                                     : 168;
+  // Two accumulators (or one) and addresses for the consumers, what is left for the others.
+  static constexpr int kConsumerRegisters = kHalf && kColumns <= kFewHalves ? 176
+                                            : kColumns > kRoomyColumns      ? 208
+                                            : kColumns > kFewColumns        ? 200
+                                                                            : 168;
   static constexpr int kProducerRegisters =
       (kRegisters * kThreads - kConsumerRegisters * kConsumerThreads) /
       (kThreads - kConsumerThreads);
@@ -73,16 +82,16 @@ struct RowNote {
   RowPlace place;
 };
 
-// Of the skews that one number holds; each is below kVector.
-constexpr int kSkewBits = 2;
-static_assert(1 << kSkewBits == kVector && kMaxSourceKinds * kSkewBits <= 32);
+// Of the skews that one number holds; each is below a vector.
+constexpr int kSkewBits = 4;
+static_assert(1 << kSkewBits >= vector_elements(2) && kMaxSourceKinds * kSkewBits <= 32);
 
 // A raw stage.
 struct RawNote {
   int job;  // whose cells it holds
   // How many cells at the begin of a row lie outside the source, though not outside of what a box
-  // has; and the floats before the tile in a row of each box, kSkewBits a box. Without bulk copies
-  // zeros.
+  // has; and the elements before the tile in a row of each box, kSkewBits a box. Without bulk
+  // copies zeros.
   int outside;
   uint32_t skews;
 };
@@ -97,6 +106,7 @@ struct Header {
   RowNote rows[kConsumers * 4][kRows];  // of every consumer warp
   // Of every group of converters, of its raw stage and its next.
   float thread_max[kConverterGroups][2][kMostConverterThreads];
+  uint4 nowhere;  // where converters of 16 bits put what is no cell
   // Only with several phases in a block of the sum:
   union {
     SumPlace sum_places[kConverterGroups][kMaxStageSums];  // of the stage a group is copying

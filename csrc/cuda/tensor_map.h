@@ -1,4 +1,4 @@
-// The copy engine's descriptions of tensors of float32 (tensor maps).
+// The copy engine's descriptions of tensors (tensor maps).
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -24,10 +24,12 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   return function;
 }
 
-// Sizes and strides (in floats, the innermost is 1) innermost dimension first.
+// Of elements of four bytes, or of two. Sizes and strides (in elements, the innermost is 1)
+// innermost dimension first.
 template <int kSides>
 CUtensorMap make_map(const void* tensor, const int64_t (&sizes)[kSides],
-                     const int64_t (&strides)[kSides - 1], const int (&box)[kSides]) {
+                     const int64_t (&strides)[kSides - 1], const int (&box)[kSides],
+                     int element_bytes = sizeof(float)) {
   cuuint64_t map_sizes[kSides], map_strides[kSides - 1];
   cuuint32_t map_box[kSides], steps[kSides];
   for (int i = 0; i < kSides; ++i) {
@@ -35,12 +37,14 @@ CUtensorMap make_map(const void* tensor, const int64_t (&sizes)[kSides],
     map_box[i] = cuuint32_t(box[i]);
     steps[i] = 1;
   }
-  for (int i = 0; i < kSides - 1; ++i) map_strides[i] = cuuint64_t(strides[i]) * sizeof(float);
+  for (int i = 0; i < kSides - 1; ++i) map_strides[i] = cuuint64_t(strides[i] * element_bytes);
   CUtensorMap map;
-  const CUresult result = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, kSides, const_cast<void*>(tensor), map_sizes,
-      map_strides, map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto type =
+      element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const CUresult result =
+      encode_function()(&map, type, kSides, const_cast<void*>(tensor), map_sizes, map_strides,
+                        map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("CUDA error " + std::to_string(int(result)) +
                              " (cuTensorMapEncodeTiled)");

@@ -3,12 +3,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <bit>
+#include <cmath>
+#include <cstring>
 
 #include "async_copies.h"
 #include "block.h"
 #include "copy_engine.h"
 #include "cuda/algorithms.h"
+#include "definition.h"
 #include "plans.h"
 
 namespace simulation {
@@ -18,40 +20,66 @@ using namespace convops::cuda;
 
 constexpr int kNobody = -1;
 
-// Floats with what must not be touched around them, from a multiple of 128 bytes on, or `shift`
-// floats later.
+// Elements with what must not be touched around them, from a multiple of 128 bytes on, or `shift`
+// elements later.
 class Memory {
  public:
-  Memory(size_t size, int shift) : floats_(kAround + size + kAround + kAlignment), size_(size) {
-    const size_t misaligned = reinterpret_cast<uintptr_t>(floats_.data()) / 4 % kAlignment;
-    begin_ = floats_.data() + kAround + kAlignment - misaligned + shift;
-    poison();
+  Memory(convops::DType dtype, size_t size, int shift)
+      : dtype_(dtype),
+        bytes_(size_t(convops::element_size(dtype))),
+        words_((kAround + size * bytes_ + kAround + kAlignment) / sizeof(uint32_t), kPoison),
+        size_(size) {
+    auto* const memory = reinterpret_cast<uint8_t*>(words_.data());
+    const size_t misaligned = reinterpret_cast<uintptr_t>(memory) % kAlignment;
+    first_ = kAround + kAlignment - misaligned + size_t(shift) * bytes_;
+    begin_ = memory + first_;
   }
-  float* begin() { return begin_; }
-  void poison() { std::ranges::fill(floats_, std::bit_cast<float>(kPoison)); }
-  static bool is_poison(const float& value) { return std::bit_cast<uint32_t>(value) == kPoison; }
+  Memory(convops::DType dtype, const std::vector<float>& values, int shift)
+      : Memory(dtype, values.size(), shift) {
+    for (size_t i = 0; i < values.size(); ++i)
+      write_element(dtype_, begin_, int64_t(i), double(values[i]));
+  }
+  void* begin() { return begin_; }
+  void* end() { return begin_ + size_ * bytes_; }
+  float operator[](size_t i) const { return float(read_element(dtype_, begin_, int64_t(i))); }
+  bool is_poison(size_t i) const { return std::memcmp(begin_ + i * bytes_, &kPoison, bytes_) == 0; }
+  void poison(size_t i) { std::memcpy(begin_ + i * bytes_, &kPoison, bytes_); }
   bool is_untouched_around() const {
-    const float* const end = floats_.data() + floats_.size();
-    return std::all_of(floats_.data(), const_cast<const float*>(begin_), is_poison) &&
-           std::all_of(const_cast<const float*>(begin_) + size_, end, is_poison);
+    const auto* const memory = reinterpret_cast<const uint8_t*>(words_.data());
+    for (size_t i = 0; i < words_.size() * sizeof(uint32_t); i += bytes_)
+      if ((i < first_ || i >= first_ + size_ * bytes_) &&
+          std::memcmp(memory + i, &kPoison, bytes_) != 0)
+        return false;
+    return true;
   }
 
  private:
-  static constexpr size_t kAround = 1024, kAlignment = 32;
-  std::vector<float> floats_;
-  size_t size_;
-  float* begin_;
+  static constexpr size_t kAround = 4096, kAlignment = 128;
+  convops::DType dtype_;
+  size_t bytes_;
+  std::vector<uint32_t> words_;
+  size_t size_, first_;
+  uint8_t* begin_;
 };
+
+// What an algorithm reads and writes.
+convops::Operands operands_of(const Convolution& c, Memory& source, Memory& weight, Memory& bias,
+                              Memory& result) {
+  convops::Operands operands{source.begin(), weight.begin(), result.begin(),
+                             c.bias.empty() ? nullptr : bias.begin()};
+  if (c.problem.direction != convops::Direction::kForward)
+    std::swap(operands.input, operands.output);
+  return operands;
+}
 
 }  // namespace
 
 void check_plan(Random& random, const Convolution& c, const GemmPlan& plan, int processors,
                 int source_shift, int result_shift) {
   const size_t results = c.result.size();
-  Memory source(c.source.size(), source_shift), result(results, result_shift);
-  std::ranges::copy(c.source, source.begin());
-  Memory weight(c.weight.size(), 0);
-  std::ranges::copy(c.weight, weight.begin());
+  const convops::DType dtype = c.problem.dtype;
+  Memory source(dtype, c.source, source_shift), result(dtype, results, result_shift);
+  Memory weight(dtype, c.weight, 0), bias(dtype, c.bias, 0);
   // Whatever was there before, and all jobs marked.
   constexpr uint4 kLeftOver = {~0u, ~0u, ~0u, ~0u};
   std::vector<uint4> workspace(size_t(plan.workspace.bytes) / sizeof(uint4) + 1, kLeftOver);
@@ -62,25 +90,21 @@ void check_plan(Random& random, const Convolution& c, const GemmPlan& plan, int 
   int block = 0;
   const auto take_results = [&] {
     for (size_t i = 0; i < results; ++i) {
-      float& value = result.begin()[i];
-      if (Memory::is_poison(value)) continue;
-      if (value != c.result[i]) fail("a wrong result");
+      if (result.is_poison(i)) continue;
+      if (result[i] != c.result[i]) fail("a wrong result");
       if (writer[i] != kNobody) fail("a result of two blocks");
       writer[i] = block;
-      value = std::bit_cast<float>(kPoison);
+      result.poison(i);
     }
     if (!result.is_untouched_around()) fail("written outside of the result");
     if (open_stores() > 0) fail("a block ends before its results have left");
     end_copies();
     ++block;
   };
-  watch_result(result.begin(), result.begin() + results);
+  watch_result(result.begin(), result.end(), int(convops::element_size(dtype)));
   use_plan(plan);
   const convops::Device device{convops::DeviceType::kCuda, 0, "simulated", 90, processors, 1, 1};
-  const bool forward = c.problem.direction == convops::Direction::kForward;
-  convops::Operands operands{source.begin(), weight.begin(), result.begin(),
-                             c.bias.empty() ? nullptr : c.bias.data()};
-  if (!forward) std::swap(operands.input, operands.output);
+  const convops::Operands operands = operands_of(c, source, weight, bias, result);
   // Blocks of all three kernels: those of the first and the last have no results.
   after_block(take_results);
   make_implicit_gemm()->run(c.problem, operands, {&device, nullptr, space, plan.workspace.bytes});
@@ -98,17 +122,37 @@ void check_plan(Random& random, const Convolution& c, const GemmPlan& plan, int 
   GemmOperands gemm{};
   gemm.source = source.begin();
   gemm.weight = weight.begin();
-  gemm.bias = c.bias.empty() ? nullptr : c.bias.data();
+  gemm.bias = c.bias.empty() ? nullptr : bias.begin();
   gemm.result = result.begin();
   gemm.bad_jobs = space + plan.workspace.bad_jobs;
   gemm.bad_jobs[job] = 1;
   recompute_bad_jobs(plan.problem, plan.tile, gemm, random.between(1, 3), nullptr);
   for (size_t i = 0; i < results; ++i) {
-    const float& value = result.begin()[i];
-    if (Memory::is_poison(value) ? writer[i] == first_block + job : value != c.result[i])
+    if (result.is_poison(i) ? writer[i] == first_block + job : result[i] != c.result[i])
       fail("a wrong or missing result of the last kernel");
   }
   if (!result.is_untouched_around()) fail("the last kernel writes outside of the result");
+}
+
+void check_special(Random& random, const Convolution& plain, const GemmPlan& plan, int processors) {
+  Convolution c = plain;
+  constexpr float kSpecial[] = {INFINITY, -INFINITY, NAN};
+  for (int i = random.between(1, 3); i > 0; --i)
+    c.source[size_t(random.between(0, int(c.source.size()) - 1))] = kSpecial[random.between(0, 2)];
+  c.result = by_definition(c);
+  const convops::DType dtype = c.problem.dtype;
+  Memory source(dtype, c.source, 0), result(dtype, c.result.size(), 0);
+  Memory weight(dtype, c.weight, 0), bias(dtype, c.bias, 0);
+  std::vector<uint4> workspace(size_t(plan.workspace.bytes) / sizeof(uint4) + 1);
+  watch_result(result.begin(), result.end(), int(convops::element_size(dtype)));
+  use_plan(plan);
+  after_block(end_copies);
+  const convops::Device device{convops::DeviceType::kCuda, 0, "simulated", 90, processors, 1, 1};
+  make_implicit_gemm()->run(c.problem, operands_of(c, source, weight, bias, result),
+                            {&device, nullptr, workspace.data(), plan.workspace.bytes});
+  for (size_t i = 0; i < c.result.size(); ++i)
+    if (result[i] != c.result[i] && !(std::isnan(result[i]) && std::isnan(c.result[i])))
+      fail("a result of Inf or NaN is wrong");
 }
 
 }  // namespace simulation

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "definition.h"
 #include "integers.h"
 
 namespace simulation {
@@ -59,28 +60,6 @@ void for_products(const ConvProblem& p, Visit visit) {
           }
 }
 
-std::vector<float> by_definition(const Convolution& c) {
-  std::vector<float> result(c.result_shape().numel());
-  if (c.problem.direction == Direction::kForward) {
-    for_products(c.problem, [&](int64_t input, int64_t weight, int64_t output, int64_t) {
-      result[output] += c.source[input] * c.weight[weight];
-    });
-    if (c.bias.empty()) return result;
-    const auto& [size, stride] = c.problem.output;
-    for (int64_t n = 0; n < size[0]; ++n)
-      for (int64_t filter = 0; filter < size[1]; ++filter)
-        for (int64_t y = 0; y < size[2]; ++y)
-          for (int64_t x = 0; x < size[3]; ++x)
-            result[n * stride[0] + filter * stride[1] + y * stride[2] + x * stride[3]] +=
-                c.bias[filter];
-  } else {
-    for_products(c.problem, [&](int64_t input, int64_t weight, int64_t output, int64_t) {
-      result[input] += c.source[output] * c.weight[weight];
-    });
-  }
-  return result;
-}
-
 // Sizes that are drawn; small, or else too much of the time goes by.
 struct Window {
   Pair size, kernel, stride, padding, dilation;
@@ -122,6 +101,8 @@ Window random_window(Random& random, const std::string& theme) {
     if (theme == "kinds")
       window.size = {4 * random.between(1, 3),
                      random.one_in(3) ? random.between(8, 20) : random.between(64, 150)};
+    if (theme == "kinds" && random.one_in(2))  // channels of 16 bits of two kinds, too
+      window.size = {4 * random.between(0, 2) + 2, 4 * random.between(4, 30) + 2};
     if (theme == "images") window.size = {random.between(2, 9), random.between(3, 11)};
     if (theme == "rows") window.size = {random.between(1, 3), 64 * random.between(1, 6)};
     return window;
@@ -133,6 +114,7 @@ Window random_window(Random& random, const std::string& theme) {
   for (const int multiple : {4, 8, 64})
     if (random.one_in(3)) window.size.w = round_up(window.size.w, multiple);
   if (random.one_in(3)) window.size.h = round_up(window.size.h, 4);
+  if (theme == "rows" && random.one_in(6)) window.padding.w += 40;  // tiles of nothing else
   return window;
 }
 
@@ -143,19 +125,46 @@ const Tensor4& Convolution::source_shape() const {
 }
 const Tensor4& Convolution::result_shape() const { return problem.result(); }
 
+std::vector<float> by_definition(const Convolution& c) {
+  std::vector<float> result(c.result_shape().numel());
+  if (c.problem.direction == Direction::kForward) {
+    for_products(c.problem, [&](int64_t input, int64_t weight, int64_t output, int64_t) {
+      result[output] += c.source[input] * c.weight[weight];
+    });
+    const auto& [size, stride] = c.problem.output;
+    for (int64_t n = 0; !c.bias.empty() && n < size[0]; ++n)
+      for (int64_t filter = 0; filter < size[1]; ++filter)
+        for (int64_t y = 0; y < size[2]; ++y)
+          for (int64_t x = 0; x < size[3]; ++x)
+            result[n * stride[0] + filter * stride[1] + y * stride[2] + x * stride[3]] +=
+                c.bias[filter];
+  } else {
+    for_products(c.problem, [&](int64_t input, int64_t weight, int64_t output, int64_t) {
+      result[input] += c.source[output] * c.weight[weight];
+    });
+  }
+  std::vector<double> rounded(result.size());  // room for elements of any dtype
+  for (size_t i = 0; i < result.size(); ++i) {
+    write_element(c.problem.dtype, rounded.data(), int64_t(i), double(result[i]));
+    result[i] = float(read_element(c.problem.dtype, rounded.data(), int64_t(i)));
+  }
+  return result;
+}
+
 Convolution random_convolution(Random& random, const std::string& theme) {
   for (;;) {
     const Window window = random_window(random, theme);
     const Pair output = window.output();
     if (output.h == 0 || output.w == 0) continue;
     const int groups = random.one_in(6) ? 2 : 1;
+    const bool last = theme == "last" || (theme == "any" && random.one_in(6));
     const auto channels = [&] {
-      return groups * (random.one_in(2) ? 8 * random.between(1, 4) : random.between(1, 20));
+      if (theme == "kinds" && random.one_in(2)) return groups * 16 * random.between(1, 2);
+      return groups * (last || random.one_in(2) ? 8 * random.between(1, 4) : random.between(1, 20));
     };
     const int64_t images = random.between(1, theme == "images" ? 20 : 3), in_channels = channels();
     // Rows of the weight enough for two blocks of them, sometimes.
     const int64_t out_channels = random.one_in(6) ? groups * random.between(65, 150) : channels();
-    const bool last = theme == "any" && random.one_in(6);
     const auto tensor = [&](int64_t channels, const Pair& size) {
       const int64_t sizes[4] = {images, channels, size.h, size.w};
       return last ? Tensor4::channels_last(sizes) : Tensor4::contiguous(sizes);
@@ -164,8 +173,12 @@ Convolution random_convolution(Random& random, const std::string& theme) {
     ConvProblem& p = c.problem;
     const int backward_in = theme == "boxes" ? 1 : theme == "patches" ? 5 : 2;
     p.direction = random.one_in(backward_in) ? Direction::kBackwardInput : Direction::kForward;
-    p.dtype = convops::DType::kFloat32;
-    p.precision = random.one_in(2) ? convops::Precision::kIeee : convops::Precision::kTf32;
+    using convops::DType;
+    p.dtype = theme != "last" && random.one_in(2) ? DType::kFloat32
+              : random.one_in(2)                  ? DType::kFloat16
+                                                  : DType::kBFloat16;
+    p.precision = p.dtype != DType::kFloat32 || random.one_in(2) ? convops::Precision::kIeee
+                                                                 : convops::Precision::kTf32;
     p.input = tensor(in_channels, window.size);
     p.output = tensor(out_channels, output);
     p.weight =

@@ -12,15 +12,15 @@
 namespace simulation {
 namespace {
 
-constexpr int kMostSides = 5, kGranule = 4;  // floats
+constexpr int kMostSides = 5, kGranule = 16;  // bytes
 constexpr uint32_t kLargestBox = 256;
 constexpr int kBulkAlignment = 16, kBoxAlignment = 128;  // bytes
 
-// What a CUtensorMap holds here: sizes, strides in floats, the innermost dimension first.
+// What a CUtensorMap holds here: sizes, strides in bytes, the innermost dimension first.
 struct Map {
-  float* tensor;
+  uint8_t* tensor;
   int64_t sizes[kMostSides], strides[kMostSides];
-  int32_t sides;
+  int32_t sides, element_bytes;
   uint16_t box[kMostSides];
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
@@ -29,7 +29,8 @@ struct Pending {
   std::vector<std::function<void()>> asked, committed;
 };
 std::unordered_map<int, Pending> stores;  // of threads
-const float *result_begin, *result_end;
+const uint8_t *result_begin, *result_end;
+int result_bytes = 4;  // of an element
 
 bool is_aligned(const void* pointer, int bytes) { return uintptr_t(pointer) % bytes == 0; }
 
@@ -39,20 +40,22 @@ void check_shared(const void* pointer, int64_t bytes) {
     fail("a copy beyond shared memory");
 }
 
-void store_result(float* to, const float* from) {
+void store_result(uint8_t* to, const uint8_t* from) {
   if (to < result_begin || to >= result_end) fail("a copy beyond the result");
-  if (__float_as_uint(*to) != kPoison) fail("a result is stored twice");
-  *to = *from;
+  if (std::memcmp(to, &kPoison, size_t(result_bytes)) != 0) fail("a result is stored twice");
+  std::memcpy(to, from, size_t(result_bytes));
 }
 
 // Calls visit(element of the tensor, nullptr outside of it; element in shared memory).
 template <typename Visit>
-int64_t for_box(const Map& map, const int32_t* place, float* shared, int granule, Visit visit) {
+int64_t for_box(const Map& map, const int32_t* place, uint8_t* shared, bool whole_granules,
+                Visit visit) {
+  const int bytes = map.element_bytes, granule = whole_granules ? kGranule / bytes : 1;
   int64_t elements = 1;
   for (int i = 0; i < map.sides; ++i) elements *= map.box[i];
-  check_shared(shared, elements * 4);
+  check_shared(shared, elements * bytes);
   if (!is_aligned(shared, kBoxAlignment)) fail("a box at an odd address of shared memory");
-  if (place[0] % kGranule != 0) fail("a box that begins within 16 bytes");
+  if (place[0] * bytes % kGranule != 0) fail("a box that begins within 16 bytes");
   for (int64_t element = 0; element < elements; ++element) {
     int64_t rest = element, offset = 0;
     bool inside = true;
@@ -63,9 +66,9 @@ int64_t for_box(const Map& map, const int32_t* place, float* shared, int granule
       inside &= first >= 0 && first < map.sizes[i];
       offset += at * map.strides[i];
     }
-    visit(inside ? map.tensor + offset : nullptr, shared + element);
+    visit(inside ? map.tensor + offset : nullptr, shared + element * bytes);
   }
-  return elements * 4;
+  return elements * bytes;
 }
 
 Map read_map(const CUtensorMap& opaque, int sides) {
@@ -76,21 +79,23 @@ Map read_map(const CUtensorMap& opaque, int sides) {
 }
 
 // cuTensorMapEncodeTiled, which refuses what the engine cannot have.
-CUresult encode(CUtensorMap* to, CUtensorMapDataType, cuuint32_t sides, void* tensor,
+CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t sides, void* tensor,
                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                 const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   Map map{};
-  map.tensor = static_cast<float*>(tensor);
+  map.tensor = static_cast<uint8_t*>(tensor);
   map.sides = int32_t(sides);
-  bool legal = sides <= kMostSides && is_aligned(tensor, kBulkAlignment) && box[0] % kGranule == 0;
+  map.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2 : 4;
+  bool legal = sides <= kMostSides && is_aligned(tensor, kBulkAlignment) &&
+               box[0] * map.element_bytes % kGranule == 0;
   for (cuuint32_t i = 0; legal && i < sides; ++i) {
-    const cuuint64_t stride = i == 0 ? 4 : strides[i - 1];
+    const cuuint64_t stride = i == 0 ? cuuint64_t(map.element_bytes) : strides[i - 1];
     legal = sizes[i] >= 1 && sizes[i] <= cuuint64_t{1} << 32 && box[i] >= 1 &&
             box[i] <= kLargestBox && steps[i] == 1 && stride < cuuint64_t{1} << 40 &&
             (i == 0 || stride % kBulkAlignment == 0);
     map.sizes[i] = int64_t(sizes[i]);
-    map.strides[i] = int64_t(stride / 4);
+    map.strides[i] = int64_t(stride);
     map.box[i] = uint16_t(box[i]);
   }
   std::memcpy(to, &map, sizeof map);
@@ -104,9 +109,10 @@ void finish(std::vector<std::function<void()>>& copies) {
 
 }  // namespace
 
-void watch_result(const float* begin, const float* end) {
-  result_begin = begin;
-  result_end = end;
+void watch_result(const void* begin, const void* end, int element_bytes) {
+  result_begin = static_cast<const uint8_t*>(begin);
+  result_end = static_cast<const uint8_t*>(end);
+  result_bytes = element_bytes;
 }
 
 void load_bulk(void* destination, const void* source, uint32_t bytes) {
@@ -118,8 +124,12 @@ void load_bulk(void* destination, const void* source, uint32_t bytes) {
 }
 
 int64_t load_box(void* destination, const CUtensorMap& map, const int32_t (&place)[4]) {
-  return for_box(read_map(map, 4), place, static_cast<float*>(destination), 1,
-                 [](const float* from, float* to) { *to = from ? *from : 0; });
+  const Map plain = read_map(map, 4);
+  return for_box(plain, place, static_cast<uint8_t*>(destination), false,
+                 [&](const uint8_t* from, uint8_t* to) {
+                   std::memset(to, 0, size_t(plain.element_bytes));
+                   if (from) std::memcpy(to, from, size_t(plain.element_bytes));
+                 });
 }
 
 void store_bulk(void* destination, const void* source, uint32_t bytes) {
@@ -128,18 +138,18 @@ void store_bulk(void* destination, const void* source, uint32_t bytes) {
     fail("a bulk store of what is no multiple of 16 bytes");
   check_shared(source, bytes);
   stores[thread_index()].asked.push_back([=] {
-    auto* to = static_cast<float*>(destination);
-    const auto* from = static_cast<const float*>(source);
-    for (uint32_t i = 0; i < bytes / 4; ++i) store_result(to + i, from + i);
+    auto* to = static_cast<uint8_t*>(destination);
+    const auto* from = static_cast<const uint8_t*>(source);
+    for (uint32_t i = 0; i < bytes; i += uint32_t(result_bytes)) store_result(to + i, from + i);
   });
 }
 
 // Whole granules are written, even where the tensor's row ends within one.
 void store_box(const CUtensorMap& map, const int32_t (&place)[5], const void* source) {
   std::vector<int32_t> at(place, place + 5);
-  auto* const from = static_cast<float*>(const_cast<void*>(source));
+  auto* const from = static_cast<uint8_t*>(const_cast<void*>(source));
   stores[thread_index()].asked.push_back([=, map = read_map(map, 5)] {
-    for_box(map, at.data(), from, kGranule, [](float* to, const float* from) {
+    for_box(map, at.data(), from, true, [](uint8_t* to, const uint8_t* from) {
       if (to) store_result(to, from);
     });
   });

@@ -10,9 +10,10 @@
 
 namespace simulation {
 
-// Where results may be stored: what else is written there must be poison before.
-constexpr uint32_t kPoison = 0x7fbadbad;
-void watch_result(const float* begin, const float* end);
+// Where results may be stored, of so many bytes each: what else is written there must be poison
+// before, which is this as floats, and half of it as 16 bits.
+constexpr uint32_t kPoison = 0x7fad7fad;
+void watch_result(const void* begin, const void* end, int element_bytes);
 
 void load_bulk(void* destination, const void* source, uint32_t bytes);
 // Returns the bytes of the box.

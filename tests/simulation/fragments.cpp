@@ -73,13 +73,45 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Ele
   meet(warp.meeting, kWarp);
 }
 
-void load_matrices(uint32_t (&d)[4], uint32_t row) {
+namespace {
+
+// Of all lanes.
+const std::array<uint32_t, kWarp>& matrix_rows(uint32_t row) {
   if (row % 16 != 0 || int64_t{row} + 16 > shared_bytes)
     fail("a matrix's row at an odd address or beyond shared memory");
+  return exchange(row);
+}
+
+}  // namespace
+
+void load_matrices(uint32_t (&d)[4], uint32_t row) {
   const int lane = thread_index() % kWarp;
-  const auto& rows = exchange(row);
+  const auto& rows = matrix_rows(row);
   for (int i = 0; i < 4; ++i)
     std::memcpy(&d[i], shared_memory + rows[size_t(i * 8 + lane / 4)] + lane % 4 * 4, 4);
+}
+
+void load_transposed(uint32_t (&d)[4], uint32_t row) {
+  const int lane = thread_index() % kWarp;
+  const auto& rows = matrix_rows(row);
+  for (int i = 0; i < 8; ++i)
+    std::memcpy(reinterpret_cast<uint8_t*>(d) + i * 2,
+                shared_memory + rows[size_t(i / 2 * 8 + lane % 4 * 2 + i % 2)] + lane / 4 * 2, 2);
+}
+
+void store_transposed(uint32_t column, const uint32_t (&d)[4]) {
+  const int lane = thread_index() % kWarp;
+  const auto& columns = matrix_rows(column);
+  for (int i = 0; i < 8; ++i)
+    std::memcpy(shared_memory + columns[size_t(i / 2 * 8 + lane % 4 * 2 + i % 2)] + lane / 4 * 2,
+                reinterpret_cast<const uint8_t*>(d) + i * 2, 2);
+}
+
+void store_matrices(uint32_t row, const uint32_t (&d)[4]) {
+  const int lane = thread_index() % kWarp;
+  const auto& rows = matrix_rows(row);
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(shared_memory + rows[size_t(i * 8 + lane / 4)] + lane % 4 * 4, &d[i], 4);
 }
 
 }  // namespace simulation

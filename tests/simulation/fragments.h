@@ -14,5 +14,8 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Ele
 
 // Four 8×8 matrices of 16-bit elements; `row`: the address of row lane % 8 of matrix lane / 8.
 void load_matrices(uint32_t (&d)[4], uint32_t row);
+void load_transposed(uint32_t (&d)[4], uint32_t row);
+void store_transposed(uint32_t column, const uint32_t (&d)[4]);
+void store_matrices(uint32_t row, const uint32_t (&d)[4]);
 
 }  // namespace simulation

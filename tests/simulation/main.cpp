@@ -35,6 +35,14 @@ void count_kinds(Coverage& coverage, const Convolution& c, const GemmPlan& plan,
   count("forward", c.problem.direction == convops::Direction::kForward);
   count("backward", c.problem.direction == convops::Direction::kBackwardInput);
   count("three_products", g.products == 3);
+  count("float16", g.dtype == convops::DType::kFloat16);
+  count("bfloat16", g.dtype == convops::DType::kBFloat16);
+  count("halves_bulk", g.is_half() && bulk);
+  count("halves_by_cells", g.is_half() && !bulk);
+  count("halves_octets_apart", g.is_half() && bulk && t.octets_apart);
+  count("halves_boxed", g.is_half() && boxed);
+  count("halves_by_octets", t.by_octets && !source_moved);
+  count("halves_across", t.across && !result_moved);
   count("groups", g.groups > 1);
   count("row_classes", g.row_classes > 1);
   count("sum_classes", g.sum_classes > 1);
@@ -42,8 +50,10 @@ void count_kinds(Coverage& coverage, const Convolution& c, const GemmPlan& plan,
   count("deep", t.depth > 1);
   count("resident", t.resident_bytes > 0);
   count("rows_128", t.row_tile == 128);
-  for (const int columns : kGemmColumns)
-    count("columns_" + std::to_string(columns), t.columns == columns);
+  for (const int columns : kFloatColumns)
+    count("columns_" + std::to_string(columns), t.columns == columns && !g.is_half());
+  for (const int columns : kHalfColumns)
+    count("halves_" + std::to_string(columns), t.columns == columns && g.is_half());
   count("snug", snug_source || snug_result);
   count("by_cells", !bulk);
   for (const int run : {0, 1, 2, 4}) count("bulk_run_" + std::to_string(run), bulk && t.run == run);
@@ -89,6 +99,9 @@ void simulate(const std::string& theme, unsigned seed, int plans) {
                    .c_str());
       try {
         check_plan(random, convolution, *plan, processors, source_shift, result_shift);
+        const bool special = plan->problem.is_half() && random.one_in(4);
+        coverage["special"] += special;
+        if (special) check_special(random, convolution, *plan, processors);
       } catch (const std::exception& error) {
         fail(error.what());
       }

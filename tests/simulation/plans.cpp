@@ -30,7 +30,8 @@ std::optional<GemmPlan> random_plan(Random& random, const Convolution& convoluti
   const CellChoice cells{block(),          block(), random.between(1, 2), !random.one_in(4), coin(),
                          random.one_in(3), coin()};
   if (!describe_cells(convolution.problem, cells, g)) return {};
-  const int columns = kGemmColumns[random.between(0, int(std::size(kGemmColumns)) - 1)];
+  const auto all = gemm_columns(g.element_bytes);
+  const int columns = all[size_t(random.between(0, int(all.size()) - 1))];
   const std::vector<int> parts = row_parts(g, columns);
   const int most =
       cells.octets == 1 ? 1 : std::min(kMaxStageSums / g.block_sums, 2 * g.sum_blocks - 1);
@@ -41,7 +42,7 @@ std::optional<GemmPlan> random_plan(Random& random, const Convolution& convoluti
       random.one_in(3) ? parts.front() : parts[random.between(0, int(parts.size()) - 1)], depth,
       coin()};
   if (!make_tile(g, choice, can_copy_bulk(g), t)) return {};
-  if (!t.bulk && !random.one_in(8)) return {};  // else there were few of the others
+  if (!t.bulk && !t.by_octets && !random.one_in(8)) return {};  // else there were few of the others
   if (coin()) t.resident_bytes = resident_bytes(g, t, processors);
   if (!choose_stages(t)) return {};
   const double steps = double(packed_steps(g, t)) / t.units * t.jobs * g.products;

@@ -1,5 +1,6 @@
 #include "tensor_cores.h"
 
+#include <bit>
 #include <cstring>
 #include <vector>
 
@@ -24,22 +25,27 @@ float left[kDepth][kMostColumns], right[kDepth][kMostColumns];
 const std::vector<float>& halves() {
   static const std::vector<float> values = [] {
     std::vector<float> values(1 << 16);
-    for (size_t bits = 0; bits < values.size(); ++bits) {
-      const auto low = uint16_t(bits);
-      _Float16 half;
-      std::memcpy(&half, &low, 2);
-      values[bits] = float(half);
-    }
+    for (size_t bits = 0; bits < values.size(); ++bits)
+      values[bits] = float(std::bit_cast<_Float16>(uint16_t(bits)));
+    return values;
+  }();
+  return values;
+}
+const std::vector<float>& bfloats() {
+  static const std::vector<float> values = [] {
+    std::vector<float> values(1 << 16);
+    for (size_t bits = 0; bits < values.size(); ++bits)
+      values[bits] = std::bit_cast<float>(uint32_t(bits) << 16);
     return values;
   }();
   return values;
 }
 
 // The operand's element k of all rows, which follow each other in octets of 16 bytes.
-void read_operand(uint32_t descriptor, int rows, float (*values)[kMostColumns]) {
+void read_operand(uint32_t descriptor, int rows, bool bfloat16, float (*values)[kMostColumns]) {
   const uint32_t begin = (descriptor & 0x3fff) * 16, plane = (descriptor >> 16 & 0x3fff) * 16;
   if (begin + plane + rows * 16 > uint32_t(shared_bytes)) fail("an operand ends behind the memory");
-  const float* const value = halves().data();
+  const float* const value = (bfloat16 ? bfloats() : halves()).data();
   for (int k = 0; k < kDepth; ++k) {
     const uint8_t* from = shared_memory + begin + k / kOctet * plane + k % kOctet * 2;
     for (int row = 0; row < rows; ++row, from += 16) {
@@ -108,10 +114,10 @@ void multiply_together(float* d, int columns, uint32_t a, uint32_t b, bool accum
 
 }  // namespace
 
-void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate) {
+void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, bool bfloat16) {
   multiply_together(d, columns, a, b, accumulate, [&](const Warpgroup&) {
-    read_operand(a, kRows, left);
-    read_operand(b, columns, right);
+    read_operand(a, kRows, bfloat16, left);
+    read_operand(b, columns, bfloat16, right);
   });
 }
 

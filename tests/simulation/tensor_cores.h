@@ -6,8 +6,9 @@
 namespace simulation {
 
 // D (64 × columns) = A (64 × 16) · B (16 × columns) + D; d: the thread's elements, columns / 2. a
-// and b: of each operand's descriptor the lower word. All threads meet, then everything is done.
-void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate);
+// and b: of each operand's descriptor the lower word; of fp16 or bfloat16. All threads meet, then
+// everything is done.
+void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, bool bfloat16);
 
 // The same with the thread's pairs of A, and B in cells, of which these are the descriptor's words.
 void multiply_cells(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,

@@ -17,6 +17,28 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t row) {
                : "r"(row));
 }
 
+// The same, each transposed: lane l has of column l / 4 what rows 2 · (l % 4) and the next have.
+__device__ __forceinline__ void load_transposed(uint32_t (&d)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(row)
+               : "memory");
+}
+// Stores what load_transposed loads as the rows of a tensor core's results: lane l gives the
+// address of column l % 8 of matrix l / 8 (sm_90).
+__device__ __forceinline__ void store_transposed(uint32_t column, const uint32_t (&d)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column),
+      "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+      : "memory");
+}
+// Stores what load_matrices loads (sm_90).
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+}
+
 // d += a · b of 16×16 and 16×8; T: __half or __nv_bfloat16, sums in fp32.
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,

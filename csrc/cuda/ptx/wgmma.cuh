@@ -1,5 +1,6 @@
 // Hopper's warpgroup matrix multiplication, one instruction a function: D (64×N, float32 in
-// registers) = A (64×16) · B (16×N) + D, fp16, B in shared memory and A there or in registers.
+// registers) = A (64×16) · B (16×N) + D, fp16 or bfloat16, B in shared memory and A there or in
+// registers.
 #pragma once
 
 #include <cstdint>
@@ -50,6 +51,12 @@ __device__ __forceinline__ void wgmma_wait() {
 #define CONVOPS_R7 CONVOPS_R6 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define CONVOPS_R8 CONVOPS_R7 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define CONVOPS_R9 CONVOPS_R8 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define CONVOPS_R10 CONVOPS_R9 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define CONVOPS_R11 CONVOPS_R10 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define CONVOPS_R12 CONVOPS_R11 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define CONVOPS_R13 CONVOPS_R12 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define CONVOPS_R14 CONVOPS_R13 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define CONVOPS_R15 CONVOPS_R14 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define CONVOPS_R8H CONVOPS_R8 ", %72, %73, %74, %75"
 #define CONVOPS_R2H CONVOPS_R1 ", %16, %17, %18, %19"
 #define CONVOPS_D1 CONVOPS_D(0), CONVOPS_D(1)
@@ -59,22 +66,31 @@ __device__ __forceinline__ void wgmma_wait() {
 #define CONVOPS_D5 CONVOPS_D3, CONVOPS_D(4), CONVOPS_D(5)
 #define CONVOPS_D7 CONVOPS_D5, CONVOPS_D(6), CONVOPS_D(7)
 #define CONVOPS_D9 CONVOPS_D7, CONVOPS_D(8), CONVOPS_D(9)
+#define CONVOPS_D11 CONVOPS_D9, CONVOPS_D(10), CONVOPS_D(11)
+#define CONVOPS_D13 CONVOPS_D11, CONVOPS_D(12), CONVOPS_D(13)
+#define CONVOPS_D15 CONVOPS_D13, CONVOPS_D(14), CONVOPS_D(15)
 #define CONVOPS_D8H CONVOPS_D7, CONVOPS_D(8), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75])
 
 // `accumulate` 0 starts a sum: D = A · B. Operand numbers follow the N / 2 registers.
-#define CONVOPS_WGMMA(n, registers, outputs, a_number, b_number, accumulate_number)              \
-  __device__ __forceinline__ void wgmma(float (&d)[n / 2], Matrix a, Matrix b, int accumulate) { \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                           \
-                 ", 0;\n"                                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" registers            \
-                 "}, " a_number ", " b_number ", p, 1, 1, 0, 0;\n}\n"                            \
-                 : outputs                                                                       \
-                 : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                   \
+#define CONVOPS_WGMMA(name, type, n, registers, outputs, a_number, b_number, accumulate_number) \
+  __device__ __forceinline__ void name(float (&d)[n / 2], Matrix a, Matrix b, int accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                          \
+                 ", 0;\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers \
+                 "}, " a_number ", " b_number ", p, 1, 1, 0, 0;\n}\n"                           \
+                 : outputs                                                                      \
+                 : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                  \
   }
-CONVOPS_WGMMA(96, CONVOPS_R5, CONVOPS_D5, "%48", "%49", "%50")
-CONVOPS_WGMMA(128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66")
-CONVOPS_WGMMA(160, CONVOPS_R9, CONVOPS_D9, "%80", "%81", "%82")
-CONVOPS_WGMMA(152, CONVOPS_R8H, CONVOPS_D8H, "%76", "%77", "%78")
+CONVOPS_WGMMA(wgmma, "f16", 96, CONVOPS_R5, CONVOPS_D5, "%48", "%49", "%50")
+CONVOPS_WGMMA(wgmma, "f16", 152, CONVOPS_R8H, CONVOPS_D8H, "%76", "%77", "%78")
+CONVOPS_WGMMA(wgmma, "f16", 160, CONVOPS_R9, CONVOPS_D9, "%80", "%81", "%82")
+#define CONVOPS_WGMMA_HALVES(name, type)                                           \
+  CONVOPS_WGMMA(name, type, 128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66")      \
+  CONVOPS_WGMMA(name, type, 192, CONVOPS_R11, CONVOPS_D11, "%96", "%97", "%98")    \
+  CONVOPS_WGMMA(name, type, 224, CONVOPS_R13, CONVOPS_D13, "%112", "%113", "%114") \
+  CONVOPS_WGMMA(name, type, 256, CONVOPS_R15, CONVOPS_D15, "%128", "%129", "%130")
+CONVOPS_WGMMA_HALVES(wgmma, "f16")
+CONVOPS_WGMMA_HALVES(wgmma_bf16, "bf16")
 
 // An operand B in shared memory as it lies in cells, without swizzle: rows of 8 halves (16 bytes)
 // are eight columns of B at one k, those of the next k follow, the next eight columns lie `plane`

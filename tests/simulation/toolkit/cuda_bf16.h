@@ -13,6 +13,11 @@ struct __nv_bfloat16 {
   }
 };
 
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
 inline float __bfloat162float(__nv_bfloat16 value) {
   return __uint_as_float(uint32_t{value.bits} << 16);

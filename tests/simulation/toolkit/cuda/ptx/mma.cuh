@@ -11,6 +11,13 @@
 namespace convops::cuda::ptx {
 
 inline void load_matrices(uint32_t (&d)[4], uint32_t row) { simulation::load_matrices(d, row); }
+inline void load_transposed(uint32_t (&d)[4], uint32_t row) { simulation::load_transposed(d, row); }
+inline void store_transposed(uint32_t column, const uint32_t (&d)[4]) {
+  simulation::store_transposed(column, d);
+}
+inline void store_matrices(uint32_t row, const uint32_t (&d)[4]) {
+  simulation::store_matrices(row, d);
+}
 
 template <typename T>
 void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

@@ -22,7 +22,11 @@ void wgmma_wait() {}
 
 template <int kRegisters>
 void wgmma(float (&d)[kRegisters], Matrix a, Matrix b, int accumulate) {
-  simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0);
+  simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0, false);
+}
+template <int kRegisters>
+void wgmma_bf16(float (&d)[kRegisters], Matrix a, Matrix b, int accumulate) {
+  simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0, true);
 }
 
 // The words of a descriptor, as there.
