@@ -61,6 +61,21 @@ __device__ __forceinline__ float scatter_max(float (&m)[kCount], int lane) {
   return m[0];
 }
 
+// Whether several lanes are quiet in a channel of the group's, which then is loud in the others: an
+// input that is zero there would leave only the quiet. One lane alone may have a single small
+// number; those beyond `last` have what that one has.
+template <int kLanes, int kCount>
+__device__ __forceinline__ bool is_loud_elsewhere(unsigned quiet, int lane, int last) {
+  bool is = false;
+#pragma unroll 1
+  for (int i = 0; i < kCount; ++i) {
+    const unsigned lanes = __ballot_sync(~0u, (quiet >> i & 1) != 0 && lane <= last);
+    const unsigned group = lanes >> (threadIdx.x % kWarp - lane) & ((1u << kLanes) - 1);
+    is |= __popc(group) >= max(1, min(2, last));
+  }
+  return is;
+}
+
 // Finds the largest of every out channel's in a stage, eight lanes together, and gives it a scale.
 // Neighbours of a row's that are in its first and last 16 bytes count too, NaNs do not: consumers
 // see them. The first thread is the loader: it copies a row when its stage is free, which is when
@@ -97,8 +112,18 @@ __device__ __forceinline__ void run_scalers(const WeightGemm& g, const WeightOpe
           largest[i] = fmaxf(fmaxf(largest[i], fmaxf(fabsf(at->x), fabsf(at->y))),
                              fmaxf(fabsf(at->z), fabsf(at->w)));
       }
+    float own[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) own[i] = largest[i];
     const Scale scale = choose_scale(__float_as_uint(scatter_max(largest, lane)));
     fits &= scale.fits;
+    // Channels of which all that the lane has is too small to split.
+    const float smallest = g.smallest * scale.magnitude * kHalfUnit;
+    unsigned quiet = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      quiet |= unsigned(own[i] != 0 && own[i] < __shfl_sync(~0u, smallest, i, kLanes)) << i;
+    if (__any_sync(~0u, quiet != 0)) fits &= !is_loud_elsewhere<kLanes, kCount>(quiet, lane, last);
     if (lane < kCount)
       header.row_scale[stage.index][first + lane] = {scale.factor, scale.magnitude * kHalfUnit};
     ptx::barrier_arrive(&header.raw_scaled[stage.index]);
