@@ -117,13 +117,18 @@ __device__ __forceinline__ void run_scalers(const WeightGemm& g, const WeightOpe
     for (int i = 0; i < kCount; ++i) own[i] = largest[i];
     const Scale scale = choose_scale(__float_as_uint(scatter_max(largest, lane)));
     fits &= scale.fits;
-    // Channels of which all that the lane has is too small to split.
-    const float smallest = g.smallest * scale.magnitude * kHalfUnit;
-    unsigned quiet = 0;
+    if constexpr (T::kTile.narrow) {
+      // Channels of which all that the lane has is too small to split.
+      const float smallest = g.smallest * scale.magnitude * kHalfUnit;
+      unsigned quiet = 0;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      quiet |= unsigned(own[i] != 0 && own[i] < __shfl_sync(~0u, smallest, i, kLanes)) << i;
-    if (__any_sync(~0u, quiet != 0)) fits &= !is_loud_elsewhere<kLanes, kCount>(quiet, lane, last);
+      for (int i = 0; i < kCount; ++i) {
+        const float least = __shfl_sync(~0u, smallest, i, kLanes);
+        quiet |= unsigned(own[i] != 0 && own[i] < least) << i;
+      }
+      if (__any_sync(~0u, quiet != 0))
+        fits &= !is_loud_elsewhere<kLanes, kCount>(quiet, lane, last);
+    }
     if (lane < kCount)
       header.row_scale[stage.index][first + lane] = {scale.factor, scale.magnitude * kHalfUnit};
     ptx::barrier_arrive(&header.raw_scaled[stage.index]);
