@@ -63,6 +63,7 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return uint32_t((uint64_t{high} << 32 | low) >> (shift & 31));
 }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(int(bits)); }
+inline int __popc(uint32_t bits) { return std::popcount(bits); }
 // Addresses in shared memory count from its start.
 inline size_t __cvta_generic_to_shared(const void* pointer) {
   return size_t(static_cast<const uint8_t*>(pointer) - simulation::shared_memory);
