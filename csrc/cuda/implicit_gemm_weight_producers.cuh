@@ -120,10 +120,11 @@ __device__ __forceinline__ void run_scalers(const WeightGemm& g, const WeightOpe
     if constexpr (T::kTile.narrow) {
       // Channels of which all that the lane has is too small to split.
       const float smallest = g.smallest * scale.magnitude * kHalfUnit;
+      const int group = int(threadIdx.x) % kWarp - lane;  // its first lane
       unsigned quiet = 0;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const float least = __shfl_sync(~0u, smallest, i, kLanes);
+        const float least = __shfl_sync(~0u, smallest, group + i);
         quiet |= unsigned(own[i] != 0 && own[i] < least) << i;
       }
       if (__any_sync(~0u, quiet != 0))
