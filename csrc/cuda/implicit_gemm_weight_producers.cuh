@@ -61,17 +61,22 @@ __device__ __forceinline__ float scatter_max(float (&m)[kCount], int lane) {
   return m[0];
 }
 
-// Whether several lanes are quiet in a channel of the group's, which then is loud in the others: an
-// input that is zero there would leave only the quiet. One lane alone may have a single small
-// number; those beyond `last` have what that one has.
+// Whether lanes are quiet in a channel of the group's, which then is loud in the others: an input
+// that is zero there would leave only the quiet. Two of them, if there are three that are `filled`:
+// one alone may have a single small number. Those beyond `last` have what that one has.
 template <int kLanes, int kCount>
-__device__ __forceinline__ bool is_loud_elsewhere(unsigned quiet, int lane, int last) {
+__device__ __forceinline__ bool is_loud_elsewhere(unsigned quiet, unsigned filled, int lane,
+                                                  int last) {
+  const int group = int(threadIdx.x) % kWarp - lane;  // its first lane
+  const auto count = [&](unsigned channels, int i) {
+    const unsigned lanes = __ballot_sync(~0u, (channels >> i & 1) != 0 && lane <= last);
+    return __popc(lanes >> group & ((1u << kLanes) - 1));
+  };
   bool is = false;
 #pragma unroll 1
   for (int i = 0; i < kCount; ++i) {
-    const unsigned lanes = __ballot_sync(~0u, (quiet >> i & 1) != 0 && lane <= last);
-    const unsigned group = lanes >> (threadIdx.x % kWarp - lane) & ((1u << kLanes) - 1);
-    is |= __popc(group) >= max(1, min(2, last));
+    const int most = count(filled, i) - 1;
+    is |= count(quiet, i) >= max(1, min(2, most));
   }
   return is;
 }
@@ -121,14 +126,16 @@ __device__ __forceinline__ void run_scalers(const WeightGemm& g, const WeightOpe
       // Channels of which all that the lane has is too small to split.
       const float smallest = g.smallest * scale.magnitude * kHalfUnit;
       const int group = int(threadIdx.x) % kWarp - lane;  // its first lane
-      unsigned quiet = 0;
+      unsigned quiet = 0, filled = 0;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const float least = __shfl_sync(~0u, smallest, group + i);
-        quiet |= unsigned(own[i] != 0 && own[i] < least) << i;
+        filled |= unsigned(own[i] != 0) << i;
+        quiet |= unsigned(own[i] < least) << i;
       }
+      quiet &= filled;
       if (__any_sync(~0u, quiet != 0))
-        fits &= !is_loud_elsewhere<kLanes, kCount>(quiet, lane, last);
+        fits &= !is_loud_elsewhere<kLanes, kCount>(quiet, filled, lane, last);
     }
     if (lane < kCount)
       header.row_scale[stage.index][first + lane] = {scale.factor, scale.magnitude * kHalfUnit};
