@@ -101,12 +101,10 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
         // Converters may wait for the stage before.
         if (!ptx::barrier_passed(&header.source_full[source.index()], source.parity())) finish();
         ptx::barrier_wait(&header.source_full[source.index()], source.parity());
-        // Read by the lane that says later that the stage is free. Tensor cores want whole warps.
-        float stage_unit = sums_unit;
-        if constexpr (T::kHalf)
-          __syncwarp();
-        else
-          stage_unit = __shfl_sync(~0u, leads ? header.source_unit[source.index()] : 0.0f, 0);
+        // Read by the lane that says later that the stage is free.
+        const float stage_unit =
+            T::kHalf ? sums_unit
+                     : __shfl_sync(~0u, leads ? header.source_unit[source.index()] : 0.0f, 0);
         const ptx::Matrix b = b0 + source.index() * t.stage_cells;
         int at = begin * t.depth;  // in the list of steps
         for (int left = min(t.depth, g.sum_blocks - block) * (end - begin); left > 0;) {
