@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -249,20 +248,12 @@ def losses(row: NetworkRow) -> list[str]:
 
 def summary(rows: list[NetworkRow]) -> list[str]:
     """Geometric mean and worst ratio over the networks, of each kind of pass."""
-    groups: dict[tuple[str, ...], list[NetworkRow]] = {}
-    for row in rows:
-        if row.ratio:
-            kind = row.work, f"batch {row.batch}", row.precision, row.layout, row.execution
-            groups.setdefault(kind, []).append(row)
-    lines = []
-    for kind, group in groups.items():
-        mean = statistics.geometric_mean(row.ratio for row in group)
-        worst = min(group, key=lambda row: row.ratio)
-        lines.append(
-            f"{', '.join(kind)}: ratio {mean:.2f} in the geometric mean of {len(group)}, "
-            f"least {worst.ratio:.2f} ({worst.network})"
-        )
-    return lines
+    return report.ratio_summary(
+        rows,
+        lambda row: f"{row.work}, batch {row.batch}, {row.precision}, {row.layout}, "
+        f"{row.execution}",
+        lambda row: row.network,
+    )
 
 
 def print_table(rows: list[NetworkRow], to: Console) -> None:

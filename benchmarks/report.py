@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -114,20 +114,29 @@ def print_table(rows: Sequence[Row], to: Console) -> None:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """Geometric mean and worst ratio of each group of rows that one may compare."""
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    return ratio_summary(
+        rows,
+        lambda row: f"{row.algorithm}, {DIRECTION_NAMES[row.direction]}, {row.precision}, "
+        f"{row.layout}",
+        lambda row: row.problem,
+    )
+
+
+def ratio_summary(
+    rows: Sequence[Any], kind: Callable[[Any], str], name: Callable[[Any], str]
+) -> list[str]:
+    """Geometric mean and worst of the rows' `ratio`, those of a kind together."""
+    groups: dict[str, list[Any]] = {}
     for row in rows:
         if row.ratio:
-            key = (row.algorithm, row.direction, row.precision, row.layout)
-            groups.setdefault(key, []).append(row)
+            groups.setdefault(kind(row), []).append(row)
     lines = []
-    for (algorithm, direction, precision, layout), group in groups.items():
-        ratios = [row.ratio for row in group if row.ratio]
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        worst = min(group, key=lambda row: row.ratio or 0)
+    for text, group in groups.items():
+        mean = statistics.geometric_mean(row.ratio for row in group)
+        worst = min(group, key=lambda row: row.ratio)
         lines.append(
-            f"{algorithm}, {DIRECTION_NAMES[direction]}, {precision}, {layout}: ratio "
-            f"{mean:.2f} in the geometric mean of {len(group)}, "
-            f"least {worst.ratio:.2f} ({worst.problem})"
+            f"{text}: ratio {mean:.2f} in the geometric mean of {len(group)}, "
+            f"least {worst.ratio:.2f} ({name(worst)})"
         )
     return lines
 

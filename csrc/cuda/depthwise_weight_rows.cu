@@ -291,6 +291,7 @@ Cut cut_problem(const ConvProblem& p, const Device& device, int64_t most_chunks)
       fewest = steps;
       chunks = tried;
     }
+    if (lines_of(tried) == 1) break;  // more chunks are no shorter
   }
   chunks = std::min(chunks, most_chunks);
   const int64_t lines = lines_of(chunks), count = ceil_divide(all_lines, lines) * segments;

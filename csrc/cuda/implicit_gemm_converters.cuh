@@ -33,12 +33,8 @@ __device__ __forceinline__ void load_source(const GemmProblem& g, const GemmTile
   for (int i = thread; i < t.depth * t.raw_cells; i += T::kConverterThreads) {
     int cell = i, part = 0;
     for (; cell >= t.raw_cells; cell -= t.raw_cells) ++part;
-    const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
-    int image = tile.image, from_row = tile.cell_row + row;
-    if (t.straddles)
-      for (; from_row - g.h.first >= t.image_rows; from_row -= t.image_rows) ++image;
+    auto [image, h, w] = SourceCell(g, t, tile, cell);
     const bool exists = cell < t.source_cells && image < g.images;
-    int h = g.h.source(from_row), w = g.w.source(tile.column + column);
     uint32_t destination = raw + (part * g.block_sums * t.raw_cells + cell) * 4;
     const float* place = source + tile.channel * channel_stride + image * g.source.stride[0] +
                          h * g.source.stride[2] + w * g.source.stride[3];

@@ -60,6 +60,21 @@ struct SourceTile {
   }
 };
 
+// A cell of such a tile: its image, and its first element's place there.
+struct SourceCell {
+  int image, h, w;
+
+  __device__ SourceCell(const GemmProblem& g, const GemmTile& t, const SourceTile& tile, int cell)
+      : image(tile.image) {
+    const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
+    int from_row = tile.cell_row + row;
+    if (t.straddles)
+      for (; from_row - g.h.first >= t.image_rows; from_row -= t.image_rows) ++image;
+    h = g.h.source(from_row);
+    w = g.w.source(tile.column + column);
+  }
+};
+
 // The tile's first column, `w` in the source, in the map of a kind of rows and of channels.
 template <typename T>
 __device__ __forceinline__ int map_column(const GemmProblem& g, int kind, int w,

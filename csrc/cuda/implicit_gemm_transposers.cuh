@@ -112,12 +112,9 @@ __device__ __forceinline__ void copy_octets(const GemmProblem& g, const GemmTile
 #pragma unroll 1
   for (int i = thread; i < t.source_cells << octets_log; i += T::kConverterThreads) {
     const int cell = i >> octets_log, octet = i - (cell << octets_log);
-    const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
-    int image = tile.image, from_row = tile.cell_row + row;
-    if (t.straddles)
-      for (; from_row - g.h.first >= t.image_rows; from_row -= t.image_rows) ++image;
-    const int h = g.h.source(from_row) + first.phase_h;
-    const int w = g.w.source(tile.column + column) + first.phase_w;
+    auto [image, h, w] = SourceCell(g, t, tile, cell);
+    h += first.phase_h;
+    w += first.phase_w;
     const int channel = first.channel + octet * kOctet;
     const bool inside = image < g.images && channel < g.sums && unsigned(h) < unsigned(height) &&
                         unsigned(w) < unsigned(width);
@@ -141,11 +138,7 @@ __device__ __forceinline__ void gather_source(const GemmProblem& g, const GemmTi
   for (int i = thread; i < t.depth * t.source_cells; i += T::kConverterThreads) {
     int cell = i, block = 0;
     for (; cell >= t.source_cells; cell -= t.source_cells) ++block;
-    const int row = t.by_pitch.quotient(cell), column = cell - row * t.pitch;
-    int image = tile.image, from_row = tile.cell_row + row;
-    if (t.straddles)
-      for (; from_row - g.h.first >= t.image_rows; from_row -= t.image_rows) ++image;
-    const int h = g.h.source(from_row), w = g.w.source(tile.column + column);
+    const auto [image, h, w] = SourceCell(g, t, tile, cell);
     const uint16_t* const from =
         source + tile.channel * stride[1] + image * stride[0] + h * stride[2] + w * stride[3];
     const auto read = [&](const GemmSum& sum, int64_t offset) {
