@@ -98,8 +98,12 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
       const int end = g.step_begin[job.row_class][sum_class + 1];
       if (begin == end) continue;
       for (int block = 0; block < g.sum_blocks; block += t.depth) {
-        // Converters may wait for the stage before.
-        if (!ptx::barrier_passed(&header.source_full[source.index()], source.parity())) finish();
+        // Converters may wait for the stage before. A warpgroup's warps wait for their instructions
+        // together or not at all.
+        if (!ptx::sync_threads_and<4 * kWarp>(
+                kGroupBarrier + group,
+                ptx::barrier_passed(&header.source_full[source.index()], source.parity())))
+          finish();
         ptx::barrier_wait(&header.source_full[source.index()], source.parity());
         // Read by the lane that says later that the stage is free.
         const float stage_unit =

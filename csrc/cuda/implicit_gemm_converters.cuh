@@ -219,7 +219,7 @@ __device__ __forceinline__ void run_converters(const GemmProblem& g, const GemmT
   Header& header = *reinterpret_cast<Header*>(shared);
   if (t.run > 0) {
     if (group == 0) note_sum_offsets<T>(g, t, header.sum_offsets, converter_thread<T>(group));
-    ptx::sync_threads<kConverterGroups * T::kConverterThreads>(1 + kConverterGroups);
+    ptx::sync_threads<kConverterGroups * T::kConverterThreads>(kAllConvertersBarrier);
   }
   Cursor at(g, t);
   Stage stage, raw_stage;

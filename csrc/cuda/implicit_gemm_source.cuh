@@ -44,7 +44,7 @@ __device__ __forceinline__ int converter_thread(int group) {
 }
 template <typename T>
 __device__ __forceinline__ void sync_group(int group) {
-  ptx::sync_threads<T::kConverterThreads>(1 + group);
+  ptx::sync_threads<T::kConverterThreads>(kConverterBarrier + group);
 }
 
 // Where the tile of a job lies in the source.

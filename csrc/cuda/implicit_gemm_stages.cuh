@@ -15,6 +15,10 @@ constexpr int kRows = 16;  // of the weight, of a consumer warp
 constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
 constexpr int kFirstConverter = kConsumerThreads + 2 * kWarp;  // after streamer and loader
 
+// Named barriers: of each group of converters, of all of them, of each warpgroup of consumers.
+constexpr int kConverterBarrier = 1, kAllConvertersBarrier = kConverterBarrier + kConverterGroups,
+              kGroupBarrier = kAllConvertersBarrier + 1;
+
 // Scales of stages are as many powers of two apart: most stages have the last one's, and sums need
 // not be promoted in between.
 constexpr int kScaleStep = 4;

@@ -179,7 +179,7 @@ __device__ __forceinline__ void run_transposers(const GemmProblem& g, const Gemm
   if (t.run > 0) {
     for (int i = thread; group == 0 && i < kMaxStageSums; i += T::kConverterThreads)
       note_sum_offsets<T>(g, t, header.sum_offsets, i);
-    ptx::sync_threads<kConverterGroups * T::kConverterThreads>(1 + kConverterGroups);
+    ptx::sync_threads<kConverterGroups * T::kConverterThreads>(kAllConvertersBarrier);
   }
   Cursor at(g, t);
   Stage stage, raw_stage;

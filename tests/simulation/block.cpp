@@ -35,7 +35,6 @@ struct Block {
   int threads = 0;
   Warp warps[kMostThreads / kWarp];
   Meeting meetings[16];
-  int counts[2] = {};  // of this round and the next
 };
 
 std::vector<Thread> pool(kMostThreads);
@@ -141,13 +140,15 @@ const std::array<uint32_t, kWarp>& exchange(uint32_t value) {
   return values;
 }
 
-int count_threads(bool predicate) {
-  Meeting& all = named_meeting(0);
-  int& count = block.counts[all.round % 2];
+int count_threads(Meeting& meeting, int threads, bool predicate) {
+  int& count = meeting.counts[meeting.round % 2];
   count += predicate;
-  if (all.arrived == block.threads - 1) block.counts[(all.round + 1) % 2] = 0;  // all have read it
-  meet(all, block.threads);
+  if (meeting.arrived == threads - 1) meeting.counts[(meeting.round + 1) % 2] = 0;  // all read it
+  meet(meeting, threads);
   return count;
+}
+int count_threads(bool predicate) {
+  return count_threads(named_meeting(0), block.threads, predicate);
 }
 
 }  // namespace simulation

@@ -35,6 +35,7 @@ void wait_for_change(const uint64_t& word);
 struct Meeting {
   int arrived = 0;
   uint64_t round = 0;
+  int counts[2] = {};  // of this round and the last, or the next
 };
 void meet(Meeting& meeting, int threads);
 // Meeting number `name` of the block; 0 is that of all threads.
@@ -42,7 +43,8 @@ Meeting& named_meeting(int name);
 
 // All lanes of the warp meet; what each of them brought.
 const std::array<uint32_t, kWarp>& exchange(uint32_t value);
-// All threads of the block meet; how many of them brought true.
+// The threads meet, or all of the block; how many of them brought true.
+int count_threads(Meeting& meeting, int threads, bool predicate);
 int count_threads(bool predicate);
 
 }  // namespace simulation

@@ -28,6 +28,19 @@ __device__ __forceinline__ void sync_threads(int name, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// The same as the first, and whether `value` holds for all of these threads.
+template <int kThreads>
+__device__ __forceinline__ bool sync_threads_and(int name, bool value) {
+  int all;
+  asm volatile(
+      "{ .reg .pred mine, all; setp.ne.s32 mine, %3, 0;\n"
+      "  bar.red.and.pred all, %1, %2, mine; selp.s32 %0, 1, 0, all; }"
+      : "=r"(all)
+      : "r"(name), "n"(kThreads), "r"(int(value))
+      : "memory");
+  return all != 0;
+}
+
 // Registers a thread of this warpgroup has from here on; all its warps must come by.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {

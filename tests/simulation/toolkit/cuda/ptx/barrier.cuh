@@ -22,6 +22,10 @@ template <int kThreads>
 void sync_threads(int name) {
   sync_threads(name, kThreads);
 }
+template <int kThreads>
+bool sync_threads_and(int name, bool value) {
+  return simulation::count_threads(simulation::named_meeting(name), kThreads, value) == kThreads;
+}
 template <int kRegisters>
 void raise_registers() {}
 template <int kRegisters>
