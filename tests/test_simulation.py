@@ -42,6 +42,7 @@ OTHERS += ["depthwise_large", "depthwise_channels_last", "depthwise_channels_las
 OTHERS += ["depthwise_channels_last_patches", "depthwise_channels_last_weight"]
 OTHERS += ["depthwise_channels_last_weight_registers", "grouped", "grouped_weight"]
 OTHERS += ["weight_parts", "implicit_gemm_weight_sm90"]
+OTHERS += ["implicit_gemm_weight_float16_sm90", "implicit_gemm_weight_bfloat16_sm90"]
 OTHERS_HOST = [CSRC / "cuda/implicit_gemm_weight.cpp"]
 
 DONE = "done"  # a file that is there when everything is compiled

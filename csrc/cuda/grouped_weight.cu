@@ -248,8 +248,8 @@ void launch(const ConvProblem& p, const Operands& operands, const Execution& exe
       a, static_cast<const float*>(operands.input), static_cast<const float*>(operands.output),
       partial);
   CONVOPS_LAUNCH_CHECK("grouped backward-weight");
-  add_weight_parts(p.weight, partial, int64_t(a.chunks) * a.tiling.strips,
-                   static_cast<float*>(operands.weight), execution.stream);
+  add_weight_parts(p.weight, partial, int64_t(a.chunks) * a.tiling.strips, p.dtype,
+                   operands.weight, execution.stream);
 }
 
 class GroupedWeight final : public Algorithm {

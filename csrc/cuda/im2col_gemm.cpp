@@ -170,10 +170,10 @@ int64_t slice_count(const ConvProblem& p, const Device& device) {
   return std::max<int64_t>(1, std::min(kSliceWaves * device.processors / tiles, room));
 }
 
-// The packed weights or sums come first, then the slices' if there are several.
+// Of the packed weights or sums, of each slice if there are several.
 int64_t weight_bytes(const ConvProblem& p, int64_t slices) {
   const bool sums = p.direction == Direction::kBackwardWeight;
-  const int64_t copies = packs_weight(p) + (slices > 1 ? slices : 0);
+  const int64_t copies = slices > 1 ? slices : packs_weight(p);
   return aligned(copies * p.weight.numel() * element_size(sums ? sum_dtype(p.dtype) : p.dtype));
 }
 
@@ -259,11 +259,11 @@ class Run {
     const DType sum = sum_dtype(p_.dtype);
     const int64_t weights = p_.weight.numel();
     const bool has_slices = slices_ > 1;
-    void* const parts = advance(packed_weight_, has_slices && packs_weight(p_) ? weights : 0, sum);
     bool in_place = !has_slices && !packs_weight(p_);
     Accumulate accumulate = Accumulate::kNo;
     if (has_slices) {  // a product need not have them all
-      CONVOPS_CUDA_CHECK(cudaMemsetAsync(parts, 0, size_t(slices_ * weights * element_size(sum)),
+      CONVOPS_CUDA_CHECK(cudaMemsetAsync(packed_weight_, 0,
+                                         size_t(slices_ * weights * element_size(sum)),
                                          static_cast<cudaStream_t>(stream_)));
       accumulate = Accumulate::kYes;
     }
@@ -279,7 +279,8 @@ class Run {
         // A single product rounds its sums itself.
         in_place |= p_.weight.is_contiguous() && s.count == 1 &&
                     s.length == p_.batch() * p_.output_pixels();
-        const Matrix weight{in_place ? operands_.weight : parts, weights / p_.groups, p_.taps(), 1};
+        const Matrix weight{in_place ? operands_.weight : packed_weight_, weights / p_.groups,
+                            p_.taps(), 1};
         gemm(p_.dtype, in_place ? p_.dtype : sum, p_.precision,
              {s.count > 1 ? s.count : p_.groups, p_.group_out_channels(), p_.taps(), s.length},
              operand(output, p_.group_out_channels()), operand(columns, p_.taps()).transposed(),
@@ -288,13 +289,9 @@ class Run {
       });
     });
     if (in_place) return;
-    if (has_slices) {
-      const bool rounds = p_.dtype != sum;
-      add_weight_parts(rounds ? packed_weight_shape() : p_.weight, static_cast<const float*>(parts),
-                       slices_, static_cast<float*>(rounds ? packed_weight_ : operands_.weight),
-                       stream_);
-      if (!rounds) return;
-    }
+    if (has_slices)
+      return add_weight_parts(p_.weight, static_cast<const float*>(packed_weight_), slices_,
+                              p_.dtype, operands_.weight, stream_);
     copy(p_.weight, operands_.weight, p_.dtype, packed_weight_shape(), packed_weight_, sum,
          stream_);
   }

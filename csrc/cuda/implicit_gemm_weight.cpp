@@ -1,12 +1,14 @@
-// implicit_gemm_weight: backward-weight of dense and grouped convolutions of float32 tensors on
-// Hopper's tensor cores, straight from NCHW: no columns. Its kernels are in
-// implicit_gemm_weight_sm90.cu, the sum of their parts in weight_parts.cu.
+// implicit_gemm_weight: backward-weight of dense and grouped convolutions of float32, float16 and
+// bfloat16 tensors on Hopper's tensor cores, straight from NCHW (of 16 bits from channels_last,
+// too): no columns. Its kernels are in implicit_gemm_weight_kernel.cuh, the sum of their parts in
+// weight_parts.cu.
 // docs/implicit_gemm_weight.md tells how and how fast.
 #include "cuda/implicit_gemm_weight.h"
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -21,6 +23,9 @@ namespace {
 // A thread adds the sums of so many rows at most, one after the other: that bounds the rounding
 // error of large batches. A share of fewer rows is not worth a block's start.
 constexpr int64_t kMostRows = 4096, kFewestRows = 8;
+
+constexpr int kVectorBytes = 16;
+constexpr int kWarpRows = 16;  // out channels of a warp: of one kind
 
 struct Plan {
   WeightTile tile;
@@ -37,23 +42,66 @@ Pair phase_taps(const ConvProblem& p) {
   return {ceil_divide(p.kernel().h, p.stride.h), ceil_divide(p.kernel().w, p.stride.w)};
 }
 
+int64_t vector(const ConvProblem& p) { return vector_elements(int(element_size(p.dtype))); }
+
 // The rows of an image as one row, where all its pixels follow each other and are multiplied one by
 // one.
 ConvProblem join_rows(ConvProblem p) {
-  const auto joins = [](const Tensor4& t) { return t.size[2] == 1 || t.stride[2] == t.size[3]; };
+  const auto joins = [](const Tensor4& t) {
+    return t.size[2] == 1 || t.stride[2] == t.size[3] * t.stride[3];
+  };
   if (!p.is_pointwise() || !joins(p.input) || !joins(p.output)) return p;
   for (Tensor4* const t : {&p.input, &p.output}) {
     t->size[3] *= t->size[2];
     t->size[2] = 1;
-    t->stride[2] = round_up(t->size[3], kVector);
+    t->stride[2] = round_up(t->size[3] * t->stride[3], vector(p));
   }
   return p;
 }
 
-int products(const ConvProblem& p) { return p.precision == Precision::kIeee ? 3 : 1; }
+bool is_half(const ConvProblem& p) { return element_size(p.dtype) == 2; }
+int products(const ConvProblem& p) {
+  return !is_half(p) && p.precision == Precision::kIeee ? 3 : 1;
+}
 
-// Of places in 16 bytes, of what is so many floats apart.
-int kinds(int64_t stride) { return int(kVector / std::gcd(stride, int64_t{kVector})); }
+// Of places in 16 bytes, of what is so many elements apart.
+int kinds(const ConvProblem& p, int64_t stride) {
+  return int(vector(p) / std::gcd(stride, vector(p)));
+}
+RowKinds row_kinds(const ConvProblem& p, const Tensor4& t) {
+  return {kinds(p, t.stride[1]), kinds(p, t.stride[2]), {}};
+}
+
+// What tensor maps want of strides.
+bool maps(const ConvProblem& p, const Tensor4& t, int dimension) {
+  constexpr int64_t kMaxStride = int64_t{1} << 36;
+  const int64_t stride = t.stride[dimension];
+  return stride > 0 && stride < kMaxStride && (dimension > 0 || stride % vector(p) == 0);
+}
+// Whether octets of channels, of a group too, are 16 aligned bytes.
+bool has_octets(const ConvProblem& p, const Tensor4& t, int64_t group_channels) {
+  const auto whole = [&](int i) { return t.stride[i] % kOctet == 0; };
+  return is_half(p) && t.stride[1] == 1 && whole(0) && whole(2) && whole(3) &&
+         (p.groups == 1 || group_channels % kOctet == 0);
+}
+bool has_grad_channels(const ConvProblem& p) {
+  return has_octets(p, p.output, p.group_out_channels()) && maps(p, p.output, 0) &&
+         maps(p, p.output, 2) && maps(p, p.output, 3);
+}
+
+InputWay input_way(const ConvProblem& p) {
+  const Pair phase = phases(p);
+  if (phase.h * phase.w > 1) return InputWay::kElements;
+  if (has_octets(p, p.input, p.group_in_channels()) && p.group_in_channels() % kOctet == 0)
+    return InputWay::kOctets;
+  const RowKinds kinds = row_kinds(p, p.input);
+  const bool boxes = p.stride.w == 1 && p.input.stride[3] == 1 && maps(p, p.input, 0) &&
+                     maps(p, p.input, 1) && maps(p, p.input, 2) &&
+                     kinds.channels * kinds.rows <= kMaxRowKinds &&
+                     p.input.size[1] >= kinds.channels && p.input.size[2] >= kinds.rows &&
+                     (p.groups == 1 || p.group_in_channels() % kinds.channels == 0);
+  return boxes ? InputWay::kBoxes : InputWay::kElements;
+}
 
 // `parts`: that memory allows.
 WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors, int64_t parts) {
@@ -81,7 +129,14 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   g.image_stride = p.input.stride[0];
   g.channel_stride = p.input.stride[1];
   g.row_stride = p.input.stride[2];
-  g.channel_tiles = int(ceil_divide(g.channels, tile.channels()));
+  g.column_stride = p.input.stride[3];
+  g.grad_last = has_grad_channels(p);
+  g.grad_kinds = g.grad_last ? RowKinds{1, 1, {}} : row_kinds(p, p.output);
+  g.input_way = is_half(p) ? input_way(p) : InputWay::kElements;
+  g.input_kinds = g.input_way == InputWay::kBoxes ? row_kinds(p, p.input) : RowKinds{1, 1, {}};
+  g.input_kinds_log = std::countr_zero(unsigned(g.input_kinds.channels));
+  g.channel_tiles =
+      int(ceil_divide(round_up(g.channels, kOctet << g.input_kinds_log), tile.channels()));
   g.out_channel_tiles = int(ceil_divide(g.out_channels, tile.out_channels()));
   g.taps_h = int(ceil_divide(taps.h, tile.kernel_h));
   g.taps_w = int(ceil_divide(taps.w, tile.kernel_w));
@@ -90,14 +145,12 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   const int64_t pixels = std::min<int64_t>(round_up(g.out_width, kStepPixels), kStagePixels);
   g.pitch = weight_pitch(tile.narrow ? int(pixels) : kStagePixels);
   g.stage_rows = kMostPitch / g.pitch;
-  g.ring = std::min(tile.slots() * kMostPitch / g.pitch - tile.mirrored(), kMaxRing);
+  g.ring = std::min(tile.slots(is_half(p)) * kMostPitch / g.pitch - tile.mirrored(), kMaxRing);
   // One wave of blocks, or as many as keep shares short.
   const int64_t wave = std::max(1, processors / g.tiles());
   const int64_t waves = ceil_divide(g.rows, wave * kMostRows);
   const int64_t wanted = std::max<int64_t>(1, std::min(wave * waves, g.rows / kFewestRows));
   g.splits = int(std::min(wanted, std::max<int64_t>(1, parts)));
-  g.channel_kinds = kinds(p.output.stride[1]);
-  g.row_kinds = kinds(p.output.stride[2]);
   g.smallest = smallest_element(products(p), p.batch() * p.output_pixels(), 1);
   return g;
 }
@@ -130,7 +183,10 @@ double estimate(const ConvProblem& p, const WeightGemm& g, const WeightTile& til
 
 bool fits(const ConvProblem& p, const WeightTile& tile) {
   const bool strided = p.stride.h > 1 || p.stride.w > 1;
-  if (!tile.narrow && tile.layers == 1 && (strided || kinds(p.output.stride[1]) > 1)) return false;
+  const int channel_kinds = has_grad_channels(p) ? 1 : row_kinds(p, p.output).channels;
+  if (!is_half(p) && !tile.narrow && tile.layers == 1 && (strided || channel_kinds > 1))
+    return false;
+  if (channel_kinds * kWarpRows > tile.out_channels()) return false;
   const int64_t taps = std::min<int64_t>(tile.kernel_w, phase_taps(p).w);
   return (taps - 1) * p.dilation.w <= kReach;
 }
@@ -162,27 +218,16 @@ class ImplicitGemmWeight final : public Algorithm {
   std::string can_run(const ConvProblem& problem, const Device& device) const override {
     const ConvProblem p = join_rows(problem);
     if (device.compute_capability != 90) return "made for compute capability 9.0 (Hopper)";
-    if (p.dtype != DType::kFloat32) return "float32 only";
+    if (p.dtype == DType::kFloat64) return "no float64";
     if (p.direction != Direction::kBackwardWeight) return "only backward-weight";
     if (p.is_depthwise()) return "depthwise: no sum over channels";
     if ((p.stride.h > 1 && p.kernel().h > 1 && p.dilation.h > 1) ||
         (p.stride.w > 1 && p.kernel().w > 1 && p.dilation.w > 1))
       return "a stride and a dilation in one direction";
     if (p.weight.numel() == 0 || p.batch() * p.output_pixels() == 0) return "nothing to sum";
-    if (p.input.stride[3] != 1) return "input's column stride " + std::to_string(p.input.stride[3]);
-    // What a tensor map wants.
-    constexpr int64_t kMaxStride = int64_t{1} << 36;
-    if (p.output.stride[3] != 1)
-      return "grad_output's column stride " + std::to_string(p.output.stride[3]);
-    for (int i = 0; i < 3; ++i) {
-      const int64_t stride = p.output.stride[i];
-      if (stride < 1 || stride >= kMaxStride || (i == 0 && stride % kVector != 0))
-        return "grad_output's stride " + std::to_string(stride) + " in dimension " +
-               std::to_string(i);
-    }
-    if (p.group_out_channels() % kinds(p.output.stride[1]) != 0)
-      return "rows of " + std::to_string(p.group_out_channels()) + " out channels that begin in " +
-             std::to_string(kinds(p.output.stride[1])) + " places of 16 bytes";
+    if (!is_half(p) && p.input.stride[3] != 1)
+      return "input's column stride " + std::to_string(p.input.stride[3]);
+    if (const std::string reason = refuse_grad(p); !reason.empty()) return reason;
     for (const int64_t extent :
          {p.batch(), p.in_channels(), p.out_channels(), p.input.size[2], p.input.size[3],
           p.output.size[2], p.output.size[3] * (p.batch() + 1), p.padding.h, p.padding.w,
@@ -219,37 +264,77 @@ class ImplicitGemmWeight final : public Algorithm {
     }
     WeightGemm& g = plan.gemm;
     auto* const workspace = static_cast<uint8_t*>(execution.workspace);
-    WeightOperands gemm{static_cast<const float*>(operands.input),
-                        static_cast<const float*>(operands.output),
+    WeightOperands gemm{operands.input,
+                        operands.output,
                         reinterpret_cast<float*>(workspace + flag_bytes(g)),
                         workspace,
+                        {},
                         {}};
-    make_grad_maps(p, plan.tile, g, gemm);
-    sum_weight_parts_sm90(g, plan.tile, products(p), gemm, p.output, execution.stream);
-    add_weight_parts(p.weight, gemm.partial, g.splits, static_cast<float*>(operands.weight),
-                     execution.stream);
+    const auto is_astray = [](const void* tensor) {
+      return reinterpret_cast<uintptr_t>(tensor) % kVectorBytes != 0;
+    };
+    g.is_astray = g.grad_last && is_astray(gemm.grad);
+    if (g.input_way == InputWay::kOctets && is_astray(gemm.input))
+      g.input_way = InputWay::kElements;
+    if (g.grad_last && !g.is_astray)
+      gemm.grad_maps[0] = make_channels_map(p, g, gemm.grad);
+    else if (!g.grad_last)
+      make_row_maps(p, p.output, gemm.grad, g.pitch,
+                    plan.tile.out_channels() / g.grad_kinds.channels, g.grad_kinds, gemm.grad_maps);
+    if (g.input_way == InputWay::kBoxes)
+      make_row_maps(p, p.input, gemm.input, weight_raw_pitch(g.pitch), kOctet, g.input_kinds,
+                    gemm.input_maps);
+    const auto sum_parts = p.dtype == DType::kFloat32   ? sum_weight_parts_float
+                           : p.dtype == DType::kFloat16 ? sum_weight_parts_half
+                                                        : sum_weight_parts_bfloat16;
+    sum_parts(g, plan.tile, products(p), gemm, p.output, execution.stream);
+    add_weight_parts(p.weight, gemm.partial, g.splits, p.dtype, operands.weight, execution.stream);
   }
 
  private:
+  // Why the copy engine cannot have grad_output.
+  static std::string refuse_grad(const ConvProblem& p) {
+    if (has_grad_channels(p)) return "";
+    if (p.output.stride[3] != 1)
+      return "grad_output's column stride " + std::to_string(p.output.stride[3]);
+    for (int i = 0; i < 3; ++i)
+      if (!maps(p, p.output, i))
+        return "grad_output's stride " + std::to_string(p.output.stride[i]) + " in dimension " +
+               std::to_string(i);
+    const RowKinds kinds = row_kinds(p, p.output);
+    if (p.group_out_channels() % kinds.channels != 0 || kinds.channels * kinds.rows > kMaxRowKinds)
+      return "rows of " + std::to_string(p.group_out_channels()) + " out channels that begin in " +
+             std::to_string(kinds.channels) + " × " + std::to_string(kinds.rows) +
+             " places of 16 bytes";
+    return "";
+  }
+
   // Every row of a kind, from the last multiple of 16 bytes before where the first begins.
-  static void make_grad_maps(const ConvProblem& p, const WeightTile& tile, WeightGemm& g,
-                             WeightOperands& gemm) {
-    const auto& [size, stride] = p.output;
-    const int64_t astray =
-        int64_t(reinterpret_cast<uintptr_t>(gemm.grad) / sizeof(float)) % kVector;
-    for (int channel = 0; channel < g.channel_kinds; ++channel)
-      for (int row = 0; row < std::min<int64_t>(g.row_kinds, size[2]); ++row) {
+  static void make_row_maps(const ConvProblem& p, const Tensor4& t, const void* data, int pixels,
+                            int channels, RowKinds& kinds, CUtensorMap* maps) {
+    const auto& [size, stride] = t;
+    const int bytes = int(element_size(p.dtype));
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    const int64_t astray = int64_t(address % kVectorBytes) / bytes;
+    for (int channel = 0; channel < kinds.channels; ++channel)
+      for (int row = 0; row < std::min<int64_t>(kinds.rows, size[2]); ++row) {
         const int64_t first = channel * stride[1] + row * stride[2] + astray;
-        const int64_t before = first % kVector;
-        const int kind = channel * g.row_kinds + row;
-        g.row_begins[kind] = int(before);
-        gemm.maps[kind] =
-            make_map(gemm.grad - astray + first - before,
-                     {size[3] + before, ceil_divide(size[2] - row, g.row_kinds),
-                      size[1] / g.channel_kinds, size[0]},
-                     {g.row_kinds * stride[2], g.channel_kinds * stride[1], stride[0]},
-                     {g.pitch, 1, tile.out_channels() / g.channel_kinds, 1});
+        const int64_t before = first % vector(p);
+        const int kind = kinds.kind(channel, row);
+        kinds.begins[kind] = int(before);
+        maps[kind] = make_map(static_cast<const uint8_t*>(data) + (first - before - astray) * bytes,
+                              {size[3] + before, ceil_divide(size[2] - row, kinds.rows),
+                               ceil_divide(size[1] - channel, kinds.channels), size[0]},
+                              {kinds.rows * stride[2], kinds.channels * stride[1], stride[0]},
+                              {pixels, 1, channels, 1}, bytes);
       }
+  }
+  static CUtensorMap make_channels_map(const ConvProblem& p, const WeightGemm& g,
+                                       const void* data) {
+    const auto& [size, stride] = p.output;
+    return make_map(data, {size[1], size[3], size[2], size[0]}, {stride[3], stride[2], stride[0]},
+                    {kBoxChannels, g.pitch - kReach, 1, 1}, int(element_size(p.dtype)),
+                    CU_TENSOR_MAP_SWIZZLE_128B);
   }
 };
 

@@ -15,14 +15,31 @@ namespace convops::cuda {
 inline constexpr int kStagePixels = 96;
 inline constexpr int kStepPixels = 16;
 inline constexpr int kReach = 8;  // columns of the input by which a tile's taps reach further
-// From a row to the next in memory: floats of grad_output, which begin with what lies before the
+// From a row to the next in memory: elements of grad_output, which begin with what lies before the
 // row in its 16 bytes, and cells of the input. Of grad_output the 4 rows × 4 pairs that half a warp
-// reads at once lie in different banks, as the pitch is an odd multiple of 8.
+// reads at once (of 16 bits 8 rows) lie in different banks, as the pitch is an odd multiple of 8.
 constexpr int weight_pitch(int pixels) { return pixels + kReach; }
 inline constexpr int kMostPitch = weight_pitch(kStagePixels);
-static_assert(kReach >= kVector && kReach % 16 == 8 && kStepPixels % 16 == 0);
-inline constexpr int kMaxGradKinds = kVector;  // of rows, by where they begin in 16 bytes
-inline constexpr int kMaxRing = 16;            // slots of rows of the input
+static_assert(kReach >= vector_elements(2) && kReach % 16 == 8 && kStepPixels % 16 == 0);
+// Of 16 bits the input comes in rows, too, of which each box begins with up to a vector before the
+// row; the 8 rows of a matrix lie in different banks.
+constexpr int weight_raw_pitch(int pitch) { return pitch + 16; }
+inline constexpr int kMaxRing = 16;  // slots of rows of the input
+
+// Rows of a tensor begin at places in 16 bytes that are of kinds: a channel's, times a row's. Each
+// kind has a map, from the last multiple of 16 bytes before its first row on.
+inline constexpr int kMaxRowKinds = 16;
+struct RowKinds {
+  int channels, rows;
+  int begins[kMaxRowKinds];  // elements from there to a row: of [channel's kind][row's kind]
+
+  CONVOPS_HOST_DEVICE int kind(int channel, int row) const { return channel * rows + row % rows; }
+};
+// Grad_output's out channels come in boxes of rows, or of 16 bits, where channels are neighbours
+// (channels_last), in boxes of 64 channels, whose 16 bytes are swizzled.
+inline constexpr int kBoxChannels = 64;
+// The input's, of 16 bits, in boxes of rows, in octets of neighbouring channels, or one by one.
+enum class InputWay { kBoxes, kOctets, kElements };
 
 // The taps that a block sums, `kernel_h × kernel_w` of them, for `octets` · 8 channels in each
 // warpgroup. Its warpgroups share channels and have 64 out channels each (`wide`), or share out
@@ -44,7 +61,11 @@ struct WeightTile {
   // shared memory, for two windows or for two rows more than one.
   constexpr int window() const { return kernel_h * layers; }
   constexpr int mirrored() const { return layers > 1 ? 0 : window() - 1; }
-  constexpr int slots() const { return layers > 1 ? 2 * window() : window() + 2 + mirrored(); }
+  // (Of 16 bits there is memory for more.)
+  constexpr int slots(bool half) const {
+    if (half) return kMaxRing + mirrored();
+    return layers > 1 ? 2 * window() : window() + 2 + mirrored();
+  }
   constexpr bool operator==(const WeightTile&) const = default;
 };
 
@@ -58,23 +79,25 @@ inline constexpr WeightTile kWeightTiles[] = {
 // of phase i is row s · y + i - padding of the input, and its tap t is row s · t + i of the kernel,
 // where there is one.
 struct WeightGemm {
-  // Sizes of a group, `channels` of the sum, and of the tensors; strides in floats.
+  // Sizes of a group, `channels` of the sum, and of the tensors; strides in elements.
   int groups, channels, out_channels;
   int height, width, out_height, out_width;
   int kernel_h, kernel_w;  // of the weight
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int phases_h, phases_w;                            // that have a tap
-  Divisor by_phases, by_phases_w;                    // of both together, and the columns'
-  int64_t image_stride, channel_stride, row_stride;  // of the input
+  int phases_h, phases_w;          // that have a tap
+  Divisor by_phases, by_phases_w;  // of both together, and the columns'
+  int64_t image_stride, channel_stride, row_stride, column_stride;  // of the input
   // Blocks of channels, out channels and taps; segments of a row; parts that K is split into.
   int channel_tiles, out_channel_tiles, taps_h, taps_w, segments, splits;
   int64_t rows;  // of grad_output in all segments of all images: what is split
   // Rows narrower than half a stage share it. Slots are as many as there is memory for.
   int pitch, stage_rows, ring;
-  // Of channels and of rows, which together make kinds of places to begin, and floats before a
-  // row of the kind in its box. The out channels of a tile are ordered by kinds.
-  int channel_kinds, row_kinds;
-  int row_begins[kMaxGradKinds * kMaxGradKinds];
+  // The out channels of a tile, and octets of the input's, are ordered by kinds.
+  RowKinds grad_kinds, input_kinds;
+  int input_kinds_log;  // of channels
+  InputWay input_way;
+  bool grad_last;  // boxes of channels
+  bool is_astray;  // no boxes: all blocks are summed by fused multiply-adds
   float smallest;  // GemmProblem::smallest
 
   CONVOPS_HOST_DEVICE int tiles() const {
@@ -88,11 +111,14 @@ struct WeightGemm {
   // Where the sum of channel k for a tap is in a part; -1 where the weight has no such element.
   CONVOPS_HOST_DEVICE int64_t weight(int group, int out_channel, int k, int tap_h,
                                      int tap_w) const {
-    const int channel = by_phases.quotient(k), phase = k - channel * phases();
+    const int line = by_phases.quotient(k), phase = k - line * phases();
+    const int channel = sort_kinds(line, input_kinds_log, kOctetLog);
     const int phase_h = by_phases_w.quotient(phase);
     const int h = tap_h * stride_h + phase_h;
     const int w = tap_w * stride_w + phase - phase_h * phases_w;
-    if (out_channel >= out_channels || k >= channels || h >= kernel_h || w >= kernel_w) return -1;
+    if (out_channel >= out_channels || channel >= group_channels() || h >= kernel_h ||
+        w >= kernel_w)
+      return -1;
     return ((int64_t(group * out_channels + out_channel) * group_channels() + channel) * kernel_h +
             h) *
                kernel_w +
@@ -101,16 +127,19 @@ struct WeightGemm {
 };
 
 struct WeightOperands {
-  const float* input;
-  const float* grad;
-  float* partial;                                   // [split][weight]
-  uint8_t* bad_blocks;                              // not 0: fp16 cannot hold what the block reads
-  CUtensorMap maps[kMaxGradKinds * kMaxGradKinds];  // of grad_output
+  const void* input;
+  const void* grad;
+  float* partial;       // [split][weight]
+  uint8_t* bad_blocks;  // not 0: to be summed again (fp16 cannot hold what it reads, NaN, Inf)
+  CUtensorMap grad_maps[kMaxRowKinds];
+  CUtensorMap input_maps[kMaxRowKinds];  // of 16 bits
 };
 
 // On the stream, each launch checked: zeros `bad_blocks`, sums all parts, and again by fused
-// multiply-adds those of bad blocks. Grad_output's strides are for the latter.
-void sum_weight_parts_sm90(const WeightGemm& gemm, const WeightTile& tile, int products,
-                           const WeightOperands& operands, const Tensor4& grad, void* stream);
+// multiply-adds those of bad blocks. Grad_output's strides are for the latter. A function for each
+// type.
+using SumWeightParts = void(const WeightGemm& gemm, const WeightTile& tile, int products,
+                            const WeightOperands& operands, const Tensor4& grad, void* stream);
+SumWeightParts sum_weight_parts_float, sum_weight_parts_half, sum_weight_parts_bfloat16;
 
 }  // namespace convops::cuda

@@ -4,6 +4,7 @@
 
 #include "cuda/implicit_gemm_weight_stages.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace convops::cuda::implicit_gemm_weight {
@@ -14,7 +15,7 @@ template <typename T>
 struct GradStep {
   uint32_t high[4], low[4];
 
-  // `from` is the lane's first pixel; it is aligned to 8 bytes where it is `even`.
+  // `from` is the lane's first pixel; it is aligned to a pair where it is `even`.
   __device__ __forceinline__ void load(const float* from, int pitch, bool even, float upper,
                                        float lower) {
 #pragma unroll
@@ -31,7 +32,28 @@ struct GradStep {
       if constexpr (T::kParts == 2) low[i] = pack_rest(v.x, v.y, high[i]);
     }
   }
+  __device__ __forceinline__ void load(const uint16_t* from, int pitch, bool even) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t* at = from + i % 2 * 8 * pitch + i / 2 * 8;
+      if (even) {
+        high[i] = *reinterpret_cast<const uint32_t*>(at);
+      } else {  // of the words on either side
+        const auto* words = reinterpret_cast<const uint32_t*>(at - 1);
+        high[i] = __funnelshift_r(words[0], words[1], 16);
+      }
+    }
+  }
 };
+
+template <typename T>
+__device__ __forceinline__ void multiply(float (&sums)[T::kSums], const uint32_t (&a)[4],
+                                         ptx::Cells b, int accumulate) {
+  if constexpr (std::is_same_v<typename T::Element, __nv_bfloat16>)
+    ptx::wgmma_bf16(sums, a, b, accumulate);
+  else
+    ptx::wgmma(sums, a, b, accumulate);
+}
 
 template <typename T>
 __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightOperands& operands,
@@ -43,6 +65,11 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
   const int out = (T::kTile.wide ? group * 64 : 0) + warp % 4 * 16 + lane / 4;
   // Out channels lie ordered by kinds, 16 or more of one: a warp's are.
   const int kind_channels = T::kTile.out_channels() / channel_kinds, kind = out / kind_channels;
+  // Where boxes are of channels: the matrices' rows of a lane, 16 bytes of a pixel's swizzled 128.
+  const int pixels = pitch - kReach, chunk = (out - lane / 4) / kOctet + lane / 8 % 2;
+  const int channels_at =
+      (chunk / kOctet * pixels + lane / 16 * kOctet + lane % kOctet) * kBoxChannels +
+      (chunk % kOctet ^ lane % kOctet) * kOctet;
   const ptx::Cells all_cells = ptx::cells(
       uint32_t(__cvta_generic_to_shared(cells)) + (T::kTile.wide ? 0 : group * T::kGroupBytes),
       pitch * kOctet * 2);
@@ -61,28 +88,42 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
   Stage slot, newest;  // of the row's first tap, and the next that is to come
   int come = 0;        // slots from the first tap's that are known to be full
   bool fits = true;    // whether float32 holds what sums are worth
+  int held = 0;        // rows in the sums
   for (Rows row(g, place); !row.done();) {
     for (; come < T::kWindow; ++come, newest.next(ring))
       ptx::barrier_wait(&header.cells_full[newest.index], newest.parity);
-    if (box == 0) ptx::barrier_wait(&header.raw_scaled[stage.index], stage.parity);
-    const int begin = g.row_begins[kind * g.row_kinds + row.y % g.row_kinds];
+    if (box == 0)
+      ptx::barrier_wait(T::kHalf ? &header.raw_full[stage.index] : &header.raw_scaled[stage.index],
+                        stage.parity);
+    const int begin = g.grad_kinds.begins[g.grad_kinds.kind(kind, row.y)];
     const bool even = begin % 2 == 0;
-    const float* from = reinterpret_cast<const float*>(raw + stage.index * T::kRawBytes) +
-                        (box * T::kTile.out_channels() + out) * pitch + begin + 2 * t;
-    const float2 upper = header.row_scale[stage.index][out];
-    const float2 lower = header.row_scale[stage.index][out + 8];
+    const auto* const boxes =
+        reinterpret_cast<const typename T::Raw*>(raw + stage.index * T::kRawBytes);
+    const auto* const from = boxes + (box * T::kTile.out_channels() + out) * pitch + begin + 2 * t;
+    const uint32_t channels_from = uint32_t(
+        __cvta_generic_to_shared(boxes + box * T::kTile.out_channels() * pixels + channels_at));
+    float2 upper{1, 1}, lower{1, 1};
+    if constexpr (!T::kHalf) {
+      upper = header.row_scale[stage.index][out];
+      lower = header.row_scale[stage.index][out + 8];
+    }
     const ptx::Cells window = all_cells + slot.index * (T::kOctets * pitch);
 
     GradStep<T> steps[2];  // the tensor cores read one while the other is loaded
     constexpr int kSteps = T::kGeneral ? 2 : kStagePixels / kStepPixels;  // at once
-    const int pixels = T::kGeneral ? min(kStagePixels, g.out_width - row.x) : kStagePixels;
-    for (int first = 0; first < pixels; first += kSteps * kStepPixels)
+    const int end = T::kGeneral ? min(kStagePixels, g.out_width - row.x) : kStagePixels;
+    for (int first = 0; first < end; first += kSteps * kStepPixels)
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int pixel = first + step * kStepPixels;
-        if (T::kTile.narrow && step > 0 && pixel >= pixels) break;  // the next channel begins
-        steps[step % 2].load(from + pixel, pitch, even, upper.x, lower.x);
-        const GradStep<T>& a = steps[step % 2];
+        if (T::kTile.narrow && step > 0 && pixel >= end) break;  // the next channel begins
+        GradStep<T>& a = steps[step % 2];
+        if constexpr (!T::kHalf)
+          a.load(from + pixel, pitch, even, upper.x, lower.x);
+        else if (g.grad_last)
+          ptx::load_transposed(a.high, channels_from + pixel * kBoxChannels * 2);
+        else
+          a.load(from + pixel, pitch, even);
         ptx::wgmma_fence();
 #pragma unroll
         for (int tap = 0; tap < T::kKernelW; ++tap) {
@@ -92,7 +133,7 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
             ptx::wgmma(sums[tap], a.low, b, 1);
             ptx::wgmma(sums[tap], a.high, b, 1);
           } else {
-            ptx::wgmma(sums[tap], a.high, b, pixel > 0);
+            multiply<T>(sums[tap], a.high, b, pixel > 0 || held > 0);
           }
         }
         ptx::wgmma_commit();
@@ -103,7 +144,8 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
     Stage tap_slot = slot;
 #pragma unroll
     for (float& unit : worth) {
-      unit = __shfl_sync(~0u, lane == 0 ? header.cells_unit[tap_slot.index] : 0.f, 0);
+      unit =
+          T::kHalf ? 1 : __shfl_sync(~0u, lane == 0 ? header.cells_unit[tap_slot.index] : 0.f, 0);
       tap_slot.next(ring);
     }
     ptx::wgmma_wait<0>();
@@ -116,6 +158,8 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
     }
     for (int left = ends ? T::kWindow : 1; left > 0; --left, --come, slot.next(ring))
       if (lane == 0) ptx::barrier_arrive(&header.cells_empty[slot.index]);
+    if (T::kHalf && ++held < kPromotedRows && !row.done()) continue;
+    held = 0;
 #pragma unroll
     for (int of = 0; of < T::kWindow; ++of) {
       const float units[2] = {upper.y * worth[of], lower.y * worth[of]};

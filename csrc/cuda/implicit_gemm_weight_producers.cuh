@@ -1,46 +1,12 @@
-// The producers of implicit_gemm_weight's main kernel: grad_output → raw stages and their scales;
-// input → cells of fp16.
+// The producers of implicit_gemm_weight's main kernel for float32: grad_output → raw stages and
+// their scales; input → cells of fp16.
 #pragma once
 
-#include "cuda/implicit_gemm_weight_stages.cuh"
+#include "cuda/implicit_gemm_weight_loader.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 
 namespace convops::cuda::implicit_gemm_weight {
-
-// Copies boxes of out channels × pixels of a row, zeros outside of the tensor.
-template <typename T>
-class Loader {
- public:
-  __device__ Loader(const WeightGemm& g, const Place& place)
-      : row_(g, place), channel_(place.group * g.out_channels + place.out_channel) {}
-
-  // The next stage, if there is one, by one thread.
-  __device__ void load(const WeightGemm& g, const WeightOperands& operands, Header& header,
-                       uint8_t* raw) {
-    if (row_.done()) return;
-    uint64_t* const full = &header.raw_full[stage_.index];
-    ptx::barrier_wait(&header.raw_empty[stage_.index], stage_.parity ^ 1);
-    const int channel_kinds = T::channel_kinds(g);
-    const int box_bytes = T::kTile.out_channels() / channel_kinds * T::pitch(g) * 4;
-    uint8_t* to = raw + stage_.index * T::kRawBytes;
-    for (int i = 0; i < T::stage_rows(g) && !row_.done(); ++i, row_.next(g)) {
-      const int32_t at[4] = {row_.x, row_.y / g.row_kinds, channel_ / channel_kinds, row_.image};
-      for (int kind = row_.y % g.row_kinds; kind < channel_kinds * g.row_kinds;
-           kind += g.row_kinds, to += box_bytes) {
-        ptx::expect_bytes(full, box_bytes);
-        ptx::copy_box(to, &operands.maps[kind], at, full);
-      }
-    }
-    ptx::barrier_arrive(full);
-    stage_.next(T::kStages);
-  }
-
- private:
-  Rows row_;
-  int channel_;
-  Stage stage_;
-};
 
 // Reduces the lanes' m[0 .. kCount - 1] over groups of eight lanes: lane i of a group gets the
 // largest m[i % kCount].
@@ -170,22 +136,6 @@ __device__ __forceinline__ void copy_phases(const WeightGemm& g, const Place& pl
   }
 }
 
-// Walks through the slots of a block's rows: a run begins with the rows of all taps; a row has all
-// layers.
-template <typename T>
-struct Slots {
-  Rows row;
-  int turn = 0;  // of the window
-
-  __device__ void next(const WeightGemm& g) {
-    if (row.done()) return;
-    if (turn < T::kWindow - 1)
-      ++turn;
-    else if (row.next(g) || T::kLayered)
-      turn = 0;
-  }
-};
-
 // Each thread of a group has a cell of the slots, or of one of as many slots as rows share a stage:
 // copies all channels of a pixel to its own places in raw memory, slots ahead, scales and splits
 // them. The scale is that of all these slots and channels.
@@ -206,18 +156,16 @@ __device__ __forceinline__ void run_converters(const WeightGemm& g, const Weight
   raw += group * T::kGroupFloats + thread;
   Slots<T> slots{Rows(g, place)};  // to copy
   for (int i = 0; i < group; ++i) slots.next(g);
+  const auto* const input = static_cast<const float*>(operands.input);
   int ahead = 0;  // slots that are copied, but not converted
   const auto copy = [&](int stage) {
     if (works) {
       Slots<T> own = slots;
       for (int i = 0; i < sharing; ++i) own.next(g);
       if (!own.row.done()) {
-        const int tap = place.tap_h + (T::kLayered ? 0 : own.turn);
-        const int h = (own.row.y + tap * g.dilation_h) * g.stride_h - g.padding_h;
-        const int column = own.row.x + place.tap_w * g.dilation_w + cell;
-        const int w = column * g.stride_w - g.padding_w;
-        const int channel = place.channel + (T::kLayered ? own.turn * kChannels : 0);
-        const float* from = operands.input + own.row.image * g.image_stride + h * g.row_stride + w;
+        const SlotPlace at(g, place, own);
+        const int channel = at.channel, h = at.h, w = at.w + cell * g.stride_w;
+        const float* from = input + own.row.image * g.image_stride + h * g.row_stride + w;
         const auto to = uint32_t(__cvta_generic_to_shared(raw + stage * T::kInputFloats));
         if (!T::kGeneral || g.phases() == 1) {
           const bool inside = unsigned(h) < unsigned(g.height) && unsigned(w) < unsigned(g.width);
@@ -225,9 +173,9 @@ __device__ __forceinline__ void run_converters(const WeightGemm& g, const Weight
           from += (place.group * g.channels + channel) * g.channel_stride;
 #pragma unroll
           for (int i = 0; i < kChannels; ++i, from += g.channel_stride)
-            ptx::copy_float(to + i * kCells * 4, i < count ? from : operands.input, i < count);
+            ptx::copy_float(to + i * kCells * 4, i < count ? from : input, i < count);
         } else {
-          copy_phases<kChannels, kCells * 4>(g, place, operands.input, from, h, w, channel, to);
+          copy_phases<kChannels, kCells * 4>(g, place, input, from, h, w, channel, to);
         }
       }
     }

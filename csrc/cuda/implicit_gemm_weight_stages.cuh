@@ -6,6 +6,7 @@
 
 #include "cuda/implicit_gemm_scale.cuh"
 #include "cuda/implicit_gemm_weight.h"
+#include "cuda/types.cuh"
 
 namespace convops::cuda::implicit_gemm_weight {
 
@@ -21,6 +22,12 @@ static_assert(kStagePixels / kStepPixels <= promoted_steps(3),
               "sums leave the tensor cores after a stage");
 constexpr int kMaxStages = 4, kMaxConverterGroups = 4, kMaxGroupWarps = 4, kMaxInputStages = 3;
 constexpr int kHeader = 5120;
+// Of 16 bits one thread each loads grad_output and the input, and warps take rows of the input, a
+// raw stage each, by turns.
+constexpr int kLoaderWarps = 2, kMoverWarps = 6;
+// So many rows are summed in the tensor cores: 48 truncated additions.
+constexpr int kPromotedRows = 8;
+constexpr int kSwizzledBytes = 1024;  // what boxes of swizzled rows are aligned to
 
 // Where a block works.
 struct Place {
@@ -53,12 +60,20 @@ struct Header {
   float cells_unit[kMaxRing];         // what 1 stands for
   float2 row_scale[kMaxStages][128];  // of an out channel: factor, and what 1 stands for
   uint32_t largest[kMaxConverterGroups][kMaxInputStages][kMaxGroupWarps];
+  // Of 16 bits:
+  uint64_t input_full[kMoverWarps], input_empty[kMoverWarps];
+  uint4 nowhere;  // where movers put what is no cell
 };
 static_assert(sizeof(Header) <= kHeader);
 
-template <WeightTile tile, int kProducts_>
+// E: of the tensors' elements.
+template <WeightTile tile, typename E, int kProducts_>
 struct Traits {
+  using Element = E;
   static constexpr WeightTile kTile = tile;
+  // Elements of 16 bits are multiplied as they are: no scales.
+  static constexpr bool kHalf = sizeof(E) == 2;
+  using Raw = std::conditional_t<kHalf, uint16_t, float>;  // to those who move them
   static constexpr int kKernelW = tile.kernel_w, kProducts = kProducts_;
   static constexpr int kParts = kProducts == 3 ? 2 : 1;  // of a number: high, with three low
   static constexpr bool kLayered = tile.layers > 1;
@@ -68,11 +83,12 @@ struct Traits {
   __device__ static int pitch(const WeightGemm& g) { return tile.narrow ? g.pitch : kMostPitch; }
   __device__ static int stage_rows(const WeightGemm& g) { return tile.narrow ? g.stage_rows : 1; }
   __device__ static int ring(const WeightGemm& g) {
-    return tile.narrow ? g.ring : tile.slots() - tile.mirrored();
+    return tile.narrow ? g.ring : kSlots - tile.mirrored();
   }
   __device__ static int channel_kinds(const WeightGemm& g) {
-    return kGeneral ? g.channel_kinds : 1;
+    return kGeneral || kHalf ? g.grad_kinds.channels : 1;
   }
+  static constexpr int kSlots = tile.slots(kHalf);
   static constexpr int kWindow = tile.window();
   // Of a warpgroup: octets, columns of an instruction, sums of a thread for a tap of a row.
   static constexpr int kOctets = tile.octets, kColumns = kWindow * kOctets * kOctet;
@@ -89,26 +105,33 @@ struct Traits {
   static constexpr int kGroupWarps = (kCells + kWarp - 1) / kWarp;
   static_assert(kConverterGroups <= kMaxConverterGroups && kGroupWarps <= kMaxGroupWarps);
   static constexpr int kScalers = kConsumerWarps, kConverters = kScalers + kScalerWarps;  // first
-  static constexpr int kWarps = kConverters + kConverterGroups * kGroupWarps;
-  static constexpr int kConsumerRegisters = kLayered ? 112 : tile.narrow ? 192 : 200;
-  static constexpr int kProducerRegisters = tile.narrow ? 64 : 56;
+  static constexpr int kLoaders = kConsumerWarps, kMovers = kLoaders + kLoaderWarps;
+  static constexpr int kWarps =
+      kHalf ? kMovers + kMoverWarps : kConverters + kConverterGroups * kGroupWarps;
+  static constexpr int kConsumerRegisters = kHalf ? 184 : kLayered ? 112 : tile.narrow ? 192 : 200;
+  static constexpr int kProducerRegisters = kHalf ? 72 : tile.narrow ? 64 : 56;
   static_assert(kConsumerRegisters * kConsumerWarps +
                     kProducerRegisters * (kWarps - kConsumerWarps) <=
                 65536 / kWarp);
   // Raw rows of the input, each thread's its own: one to convert and those on their way.
   static constexpr int kInputStages = kLayered ? 2 : 3;
   // Of a part, a warpgroup's octets.
-  static constexpr int kGroupBytes = tile.slots() * kOctets * kMostPitch * kOctet * 2;
+  static constexpr int kGroupBytes = kSlots * kOctets * kMostPitch * kOctet * 2;
   static constexpr int kPartBytes = (kBlockOctets / kOctets) * kGroupBytes;
-  static constexpr int kRawBytes = kTile.out_channels() * kMostPitch * 4;
+  static constexpr int kRawBytes = kTile.out_channels() * kMostPitch * int(sizeof(E));
   static constexpr int kInputFloats = kBlockOctets * kOctet * kCells;  // of a stage
   static constexpr int kGroupFloats = kInputStages * kInputFloats;     // of a group of converters
-  static constexpr int kRawAt = kHeader + kParts * kPartBytes + kConverterGroups * kGroupFloats * 4;
+  // Of 16 bits, a mover's: as many rows as a slot has channels.
+  static constexpr int kMoverBytes = kBlockOctets * kOctet * weight_raw_pitch(kMostPitch) * 2;
+  static constexpr int kInputBytes =
+      kHalf ? kMoverWarps * kMoverBytes : kConverterGroups * kGroupFloats * 4;
+  static constexpr int kRawAt = (kHeader + kParts * kPartBytes + kInputBytes + kSwizzledBytes - 1) /
+                                kSwizzledBytes * kSwizzledBytes;
+  static_assert(!kHalf || kRawBytes % kSwizzledBytes == 0);
   static constexpr int kRoom = (kMaxSharedMemory - kRawAt) / kRawBytes;
   static constexpr int kStages = kRoom < kMaxStages ? kRoom : kMaxStages;
   static_assert(kStages >= 2);
   static constexpr int kSharedBytes = kRawAt + kStages * kRawBytes;
-  static_assert(kRawAt % 128 == 0);
 };
 
 // Walks through rows of grad_output in *runs* down a segment of an image: a run's rows are as far
@@ -150,6 +173,35 @@ class Rows {
   }
 
   int column_, left_;
+};
+
+// Walks through the slots of a block's rows: a run begins with the rows of all taps; a row has all
+// layers.
+template <typename T>
+struct Slots {
+  Rows row;
+  int turn = 0;  // of the window
+
+  __device__ void next(const WeightGemm& g) {
+    if (row.done()) return;
+    if (turn < T::kWindow - 1)
+      ++turn;
+    else if (row.next(g) || T::kLayered)
+      turn = 0;
+  }
+};
+
+// What a slot holds: cells from (h, w) of an image on, of the channels of the sum from `channel`.
+template <typename T>
+struct SlotPlace {
+  int channel, h, w;
+
+  __device__ SlotPlace(const WeightGemm& g, const Place& place, const Slots<T>& slots) {
+    const int tap = place.tap_h + (T::kLayered ? 0 : slots.turn);
+    channel = place.channel + (T::kLayered ? slots.turn * T::kTile.slot_channels() : 0);
+    h = (slots.row.y + tap * g.dilation_h) * g.stride_h - g.padding_h;
+    w = (slots.row.x + place.tap_w * g.dilation_w) * g.stride_w - g.padding_w;
+  }
 };
 
 // A place in a ring of stages and the parity of its barriers' phase.

@@ -25,11 +25,13 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
 }
 
 // Of elements of four bytes, or of two. Sizes and strides (in elements, the innermost is 1)
-// innermost dimension first.
+// innermost dimension first. Boxes' rows of 128 bytes may be swizzled: of row i, chunk c of 16 bytes
+// lies where c ^ i % 8 would.
 template <int kSides>
 CUtensorMap make_map(const void* tensor, const int64_t (&sizes)[kSides],
                      const int64_t (&strides)[kSides - 1], const int (&box)[kSides],
-                     int element_bytes = sizeof(float)) {
+                     int element_bytes = sizeof(float),
+                     CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE) {
   cuuint64_t map_sizes[kSides], map_strides[kSides - 1];
   cuuint32_t map_box[kSides], steps[kSides];
   for (int i = 0; i < kSides; ++i) {
@@ -43,7 +45,7 @@ CUtensorMap make_map(const void* tensor, const int64_t (&sizes)[kSides],
       element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   const CUresult result =
       encode_function()(&map, type, kSides, const_cast<void*>(tensor), map_sizes, map_strides,
-                        map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                        map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("CUDA error " + std::to_string(int(result)) +

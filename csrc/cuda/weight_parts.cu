@@ -1,4 +1,5 @@
 #include "cuda/check.h"
+#include "cuda/types.cuh"
 #include "cuda/weight_parts.h"
 #include "integers.h"
 
@@ -7,9 +8,10 @@ namespace {
 
 // Adds the parts in order. Block: x elements, y threads of each that take every y-th part.
 constexpr int kReduceThreads = 256;
+template <typename T>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_kernel(const __grid_constant__ Tensor4 weight, const float* __restrict__ partial,
-                  int64_t parts, float* __restrict__ result) {
+                  int64_t parts, T* __restrict__ result) {
   __shared__ float shared[kReduceThreads];
   const int lane = int(threadIdx.x), lanes = int(blockDim.x), share = int(threadIdx.y);
   const int64_t count = weight.numel(), element = int64_t(blockIdx.x) * lanes + lane;
@@ -26,19 +28,22 @@ __global__ void __launch_bounds__(kReduceThreads)
   const int64_t kh = line % weight.size[2], rest = line / weight.size[2];
   const int64_t channel = rest % weight.size[1], out = rest / weight.size[1];
   result[out * weight.stride[0] + channel * weight.stride[1] + kh * weight.stride[2] +
-         kw * weight.stride[3]] = sum;
+         kw * weight.stride[3]] = convert<T>(sum);
 }
 
 }  // namespace
 
-void add_weight_parts(const Tensor4& weight, const float* partial, int64_t parts, float* result,
-                      void* stream) {
+void add_weight_parts(const Tensor4& weight, const float* partial, int64_t parts, DType dtype,
+                      void* result, void* stream) {
   constexpr int kMaxShares = 8, kPartsOfShare = 4;
   unsigned shares = 1;
   while (shares < kMaxShares && shares * kPartsOfShare < parts) shares *= 2;
   const dim3 threads(kReduceThreads / shares, shares);
-  reduce_kernel<<<unsigned(ceil_divide(weight.numel(), threads.x)), threads, 0,
-                  cudaStream_t(stream)>>>(weight, partial, parts, result);
+  dispatch(dtype, [&]<typename T>(T) {
+    reduce_kernel<T>
+        <<<unsigned(ceil_divide(weight.numel(), threads.x)), threads, 0, cudaStream_t(stream)>>>(
+            weight, partial, parts, static_cast<T*>(result));
+  });
   CONVOPS_LAUNCH_CHECK("backward-weight's last sum");
 }
 

@@ -5,8 +5,9 @@
 
 namespace convops::cuda {
 
-// Adds `parts` parts, [part][element] in the order of `weight`'s sizes, in order.
-void add_weight_parts(const Tensor4& weight, const float* partial, int64_t parts, float* result,
-                      void* stream);
+// Adds `parts` parts, [part][element] in the order of `weight`'s sizes, in order; the result is of
+// `dtype`, rounded once.
+void add_weight_parts(const Tensor4& weight, const float* partial, int64_t parts, DType dtype,
+                      void* result, void* stream);
 
 }  // namespace convops::cuda

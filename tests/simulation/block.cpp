@@ -63,7 +63,7 @@ void go_on() {
 
 }  // namespace
 
-alignas(128) uint8_t shared_memory[kSharedBytes];
+alignas(1024) uint8_t shared_memory[kSharedBytes];
 int shared_bytes;
 
 void fail(const char* why) {

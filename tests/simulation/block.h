@@ -12,7 +12,7 @@ namespace simulation {
 constexpr int kWarp = 32;
 constexpr int kSharedBytes = 227 * 1024;  // a block of sm_90
 
-alignas(128) extern uint8_t shared_memory[];
+alignas(1024) extern uint8_t shared_memory[];
 // Of the launch that runs.
 extern int shared_bytes;
 

@@ -148,8 +148,7 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
   p.direction = Direction(random.between(0, 2));
   p.dtype = one_of<DType>(random, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
   if (algorithm.ends_with("weight")) p.direction = Direction::kBackwardWeight;
-  if (algorithm.starts_with("grouped") || algorithm.starts_with("implicit") ||
-      algorithm == "depthwise_planes")
+  if (algorithm.starts_with("grouped") || algorithm == "depthwise_planes")
     p.dtype = DType::kFloat32;
   if (algorithm == "depthwise_strips" && random.one_in(4)) p.dtype = DType::kFloat64;
   if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips" ||
@@ -171,8 +170,12 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
                                random.one_in(8 - 6 * segments) ? 400 : most);
     const bool dense = random.one_in(3);
     const std::vector<int> order = random_order(random, algorithm);
+    // Of 16 bits each tensor may be channels_last.
+    const bool any_order = algorithm == "implicit_gemm_weight" && p.dtype != DType::kFloat32;
     const auto layout = [&](const int64_t (&size)[4], Direction writes) {
-      return random_layout(random, size, order, p.direction != writes, dense);
+      const bool last = any_order && random.one_in(2);
+      return random_layout(random, size, last ? std::vector<int>{1, 3, 2, 0} : order,
+                           p.direction != writes, dense);
     };
     p.stride = {window.stride_h, window.stride_w};
     p.dilation = {window.dilation_h, window.dilation_w};

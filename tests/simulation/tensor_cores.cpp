@@ -57,11 +57,12 @@ void read_operand(uint32_t descriptor, int rows, bool bfloat16, float (*values)[
 }
 
 // Element k of all columns: eight columns are a cell's, k's follow each other in eights.
-void read_cells(uint32_t low, uint32_t high, int columns) {
+void read_cells(uint32_t low, uint32_t high, int columns, bool bfloat16) {
   const uint32_t begin = (low & 0x3fff) * 16, eights = (low >> 16 & 0x3fff) * 16;
   const uint32_t plane = (high & 0x3fff) * 16;
   if (begin + eights + (columns / kOctet - 1) * plane + kOctet * 16 > uint32_t(shared_bytes))
     fail("an operand ends behind the memory");
+  const float* const value = (bfloat16 ? bfloats() : halves()).data();
   for (int k = 0; k < kDepth; ++k)
     for (int i = 0; i < columns; ++i) {
       uint16_t bits;
@@ -69,18 +70,19 @@ void read_cells(uint32_t low, uint32_t high, int columns) {
                   shared_memory + begin + k / kOctet * eights + k % kOctet * 16 +
                       i / kOctet * plane + i % kOctet * 2,
                   2);
-      right[k][i] = halves()[bits];
+      right[k][i] = value[bits];
     }
 }
 
 // Of a lane four pairs of k's: two rows, then 8 k's further.
-void read_pairs(const Warpgroup& group) {
+void read_pairs(const Warpgroup& group, bool bfloat16) {
+  const float* const value = (bfloat16 ? bfloats() : halves()).data();
   for (int thread = 0; thread < kThreads; ++thread)
     for (int i = 0; i < 8; ++i) {
       const int pair = i / 2, lane = thread % kWarp;
       const int row = thread / kWarp * 16 + lane / 4 + pair % 2 * 8;
       const int k = lane % 4 * 2 + i % 2 + pair / 2 * 8;
-      left[k][row] = halves()[uint16_t(group.pairs[thread][pair] >> i % 2 * 16)];
+      left[k][row] = value[uint16_t(group.pairs[thread][pair] >> i % 2 * 16)];
     }
 }
 
@@ -122,11 +124,11 @@ void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, bo
 }
 
 void multiply_cells(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,
-                    bool accumulate) {
+                    bool accumulate, bool bfloat16) {
   std::memcpy(warpgroups[thread_index() / kThreads].pairs[thread_index() % kThreads], a, sizeof a);
   multiply_together(d, columns, low, high, accumulate, [&](const Warpgroup& group) {
-    read_pairs(group);
-    read_cells(low, high, columns);
+    read_pairs(group, bfloat16);
+    read_cells(low, high, columns, bfloat16);
   });
 }
 

@@ -12,6 +12,6 @@ void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, bo
 
 // The same with the thread's pairs of A, and B in cells, of which these are the descriptor's words.
 void multiply_cells(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,
-                    bool accumulate);
+                    bool accumulate, bool bfloat16);
 
 }  // namespace simulation

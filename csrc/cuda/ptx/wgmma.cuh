@@ -107,19 +107,26 @@ __device__ __forceinline__ Cells cells(uint32_t address, uint32_t plane) {
 }
 
 // A in registers: a lane's pairs of k's in rows `lane / 4` and 8 more, then 8 k's further.
-#define CONVOPS_WGMMA_CELLS(n, registers, outputs, a0, a1, a2, a3, b_number, accumulate_number) \
-  __device__ __forceinline__ void wgmma(float (&d)[n / 2], const uint32_t (&a)[4], Cells b,     \
-                                        int accumulate) {                                       \
+#define CONVOPS_WGMMA_CELLS(name, type, n, registers, outputs, a0, a1, a2, a3, b_number,        \
+                            accumulate_number)                                                  \
+  __device__ __forceinline__ void name(float (&d)[n / 2], const uint32_t (&a)[4], Cells b,      \
+                                       int accumulate) {                                        \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                          \
                  ", 0;\n"                                                                       \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" registers "}, {" a0 \
-                 ", " a1 ", " a2 ", " a3 "}, " b_number ", p, 1, 1, 1;\n}\n"                    \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers \
+                 "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_number ", p, 1, 1, 1;\n}\n"          \
                  : outputs                                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()),             \
                    "r"(accumulate));                                                            \
   }
-CONVOPS_WGMMA_CELLS(40, CONVOPS_R2H, CONVOPS_D1H, "%20", "%21", "%22", "%23", "%24", "%25")
-CONVOPS_WGMMA_CELLS(48, CONVOPS_R2, CONVOPS_D2, "%24", "%25", "%26", "%27", "%28", "%29")
-CONVOPS_WGMMA_CELLS(64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34", "%35", "%36", "%37")
+#define CONVOPS_WGMMA_ALL_CELLS(name, type)                                                        \
+  CONVOPS_WGMMA_CELLS(name, type, 40, CONVOPS_R2H, CONVOPS_D1H, "%20", "%21", "%22", "%23", "%24", \
+                      "%25")                                                                       \
+  CONVOPS_WGMMA_CELLS(name, type, 48, CONVOPS_R2, CONVOPS_D2, "%24", "%25", "%26", "%27", "%28",   \
+                      "%29")                                                                       \
+  CONVOPS_WGMMA_CELLS(name, type, 64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34", "%35", "%36",   \
+                      "%37")
+CONVOPS_WGMMA_ALL_CELLS(wgmma, "f16")
+CONVOPS_WGMMA_ALL_CELLS(wgmma_bf16, "bf16")
 
 }  // namespace convops::cuda::ptx

@@ -40,7 +40,11 @@ inline Cells cells(uint32_t address, uint32_t plane) {
 }
 template <int kRegisters>
 void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], Cells b, int accumulate) {
-  simulation::multiply_cells(d, 2 * kRegisters, a, b.low, b.high, accumulate != 0);
+  simulation::multiply_cells(d, 2 * kRegisters, a, b.low, b.high, accumulate != 0, false);
+}
+template <int kRegisters>
+void wgmma_bf16(float (&d)[kRegisters], const uint32_t (&a)[4], Cells b, int accumulate) {
+  simulation::multiply_cells(d, 2 * kRegisters, a, b.low, b.high, accumulate != 0, true);
 }
 
 }  // namespace convops::cuda::ptx
