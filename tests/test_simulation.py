@@ -200,7 +200,7 @@ CASES = {
     **{"depthwise": 1000, "depthwise_strips": 1000, "depthwise_planes": 600},
     **{"depthwise_weight": 1200},
     **{"depthwise_large": 800, "depthwise_channels_last": 600},
-    **{"grouped": 600, "grouped_weight": 500, "implicit_gemm_weight": 200},
+    **{"grouped": 600, "grouped_weight": 500, "implicit_gemm_weight": 400},
 }
 # How many of them must be of a kind (count_kinds in algorithms.cpp): of every algorithm, as a share
 # of its cases; of some, in numbers. "kernels" counts different ones: all or nearly all there are.
@@ -222,7 +222,10 @@ LEAST_CASES = {
     "depthwise_channels_last": {**HALVES, **PIXELS, **PARTS, "kernels": 58},
     "grouped": {**PIXELS, "kernels": 20},
     "grouped_weight": {**PARTS, "kernels": 7},
-    "implicit_gemm_weight": {"least_workspace": 15, "many_images": 3, "strided": 40, "kernels": 9},
+    "implicit_gemm_weight": {
+        **{"float16": 80, "bfloat16": 80, "float32": 80, "least_workspace": 15, "many_images": 3},
+        **{"strided": 40, "kernels": 22},
+    },
 }
 
 

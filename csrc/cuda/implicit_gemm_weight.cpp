@@ -12,6 +12,7 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <span>
 
 #include "cuda/algorithms.h"
 #include "cuda/tensor_map.h"
@@ -201,7 +202,9 @@ int64_t workspace_bytes(const ConvProblem& p, const WeightGemm& g) {
 // The fastest by estimate, or none.
 std::optional<Plan> make_plan(const ConvProblem& p, const Device& device, int64_t parts) {
   std::optional<Plan> best;
-  for (const WeightTile& tile : kWeightTiles) {
+  const std::span<const WeightTile> tiles =
+      is_half(p) ? std::span<const WeightTile>(kHalfWeightTiles) : kFloatWeightTiles;
+  for (const WeightTile& tile : tiles) {
     if (!fits(p, tile)) continue;
     const WeightGemm gemm = describe(p, tile, device.processors, parts);
     const double seconds = estimate(p, gemm, tile, device);

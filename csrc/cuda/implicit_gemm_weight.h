@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/implicit_gemm.h"
@@ -25,6 +26,7 @@ static_assert(kReach >= vector_elements(2) && kReach % 16 == 8 && kStepPixels % 
 // row; the 8 rows of a matrix lie in different banks.
 constexpr int weight_raw_pitch(int pitch) { return pitch + 16; }
 inline constexpr int kMaxRing = 16;  // slots of rows of the input
+inline constexpr int kHalfCellBytes = 112 * 1024;
 
 // Rows of a tensor begin at places in 16 bytes that are of kinds: a channel's, times a row's. Each
 // kind has a map, from the last multiple of 16 bytes before its first row on.
@@ -61,9 +63,10 @@ struct WeightTile {
   // shared memory, for two windows or for two rows more than one.
   constexpr int window() const { return kernel_h * layers; }
   constexpr int mirrored() const { return layers > 1 ? 0 : window() - 1; }
-  // (Of 16 bits there is memory for more.)
+  // (Of 16 bits as many as kHalfCellBytes have room for.)
   constexpr int slots(bool half) const {
-    if (half) return kMaxRing + mirrored();
+    if (half)
+      return std::min(kMaxRing + mirrored(), kHalfCellBytes / (slot_channels() * kMostPitch * 2));
     return layers > 1 ? 2 * window() : window() + 2 + mirrored();
   }
   constexpr bool operator==(const WeightTile&) const = default;
@@ -71,9 +74,14 @@ struct WeightTile {
 
 // There are kernels for these. Sums and totals, octets · 4 · kernel_h · layers · kernel_w floats
 // each, are in a thread's registers; an instruction has kernel_h · layers · octets · 8 columns.
-inline constexpr WeightTile kWeightTiles[] = {
+inline constexpr WeightTile kFloatWeightTiles[] = {
     {3, 3, 2, 1, true, false}, {5, 3, 1, 1, true, false}, {5, 3, 1, 1, false, false},
     {3, 3, 2, 1, true, true},  {5, 3, 1, 1, false, true}, {1, 1, 2, 4, true, false}};
+// Of 16 bits there are no totals, and twice as many sums.
+inline constexpr WeightTile kHalfWeightTiles[] = {
+    {3, 3, 4, 1, true, false},  {3, 3, 4, 1, false, false}, {5, 3, 2, 1, true, false},
+    {5, 3, 2, 1, false, false}, {3, 3, 4, 1, true, true},   {3, 3, 4, 1, false, true},
+    {5, 3, 2, 1, false, true},  {1, 1, 2, 4, true, false}};
 
 // A stride s makes s phases of rows and of columns: channel k of the sum is (channel, phase), row y
 // of phase i is row s · y + i - padding of the input, and its tap t is row s · t + i of the kernel,
@@ -108,21 +116,24 @@ struct WeightGemm {
   CONVOPS_HOST_DEVICE int64_t weights() const {
     return int64_t(groups) * out_channels * group_channels() * kernel_h * kernel_w;
   }
-  // Where the sum of channel k for a tap is in a part; -1 where the weight has no such element.
-  CONVOPS_HOST_DEVICE int64_t weight(int group, int out_channel, int k, int tap_h,
-                                     int tap_w) const {
+  // Where the sums of channel k for all taps are in a part, and of one of them; -1 where the weight
+  // has no such elements.
+  struct Taps {
+    int64_t first;
+    int phase_h, phase_w;
+  };
+  CONVOPS_HOST_DEVICE Taps taps(int group, int out_channel, int k) const {
     const int line = by_phases.quotient(k), phase = k - line * phases();
     const int channel = sort_kinds(line, input_kinds_log, kOctetLog);
     const int phase_h = by_phases_w.quotient(phase);
-    const int h = tap_h * stride_h + phase_h;
-    const int w = tap_w * stride_w + phase - phase_h * phases_w;
-    if (out_channel >= out_channels || channel >= group_channels() || h >= kernel_h ||
-        w >= kernel_w)
-      return -1;
-    return ((int64_t(group * out_channels + out_channel) * group_channels() + channel) * kernel_h +
-            h) *
-               kernel_w +
-           w;
+    const bool exists = out_channel < out_channels && channel < group_channels();
+    const int64_t row = int64_t(group * out_channels + out_channel) * group_channels() + channel;
+    return {exists ? row * kernel_h * kernel_w : -1, phase_h, phase - phase_h * phases_w};
+  }
+  CONVOPS_HOST_DEVICE int64_t weight(const Taps& taps, int tap_h, int tap_w) const {
+    const int h = tap_h * stride_h + taps.phase_h, w = tap_w * stride_w + taps.phase_w;
+    const bool exists = taps.first >= 0 && h < kernel_h && w < kernel_w;
+    return exists ? taps.first + h * kernel_w + w : -1;
   }
 };
 

@@ -5,6 +5,7 @@
 #include "cuda/implicit_gemm_weight_stages.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/thread.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace convops::cuda::implicit_gemm_weight {
@@ -61,34 +62,81 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
                                               const uint8_t* cells, const uint8_t* raw) {
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int group = warp / 4, t = lane % 4;
-  const int pitch = T::pitch(g), ring = T::ring(g), channel_kinds = T::channel_kinds(g);
+  const int pitch = T::pitch(g), ring = T::ring(g);
   const int out = (T::kTile.wide ? group * 64 : 0) + warp % 4 * 16 + lane / 4;
   // Out channels lie ordered by kinds, 16 or more of one: a warp's are.
-  const int kind_channels = T::kTile.out_channels() / channel_kinds, kind = out / kind_channels;
-  // Where boxes are of channels: the matrices' rows of a lane, 16 bytes of a pixel's swizzled 128.
-  const int pixels = pitch - kReach, chunk = (out - lane / 4) / kOctet + lane / 8 % 2;
-  const int channels_at =
-      (chunk / kOctet * pixels + lane / 16 * kOctet + lane % kOctet) * kBoxChannels +
-      (chunk % kOctet ^ lane % kOctet) * kOctet;
+  const int kind = out / (T::kTile.out_channels() / T::channel_kinds(g));
+  // The lane's first elements in a row's boxes: of channels, 16 bytes of a pixel's swizzled 128.
+  const bool by_channels = T::kHalf && g.grad_last;
+  const int box_pixels = by_channels ? pitch - kReach : pitch;
+  const int chunk = (out - lane / 4) / kOctet + lane / 8 % 2;
+  const int lane_at =
+      by_channels
+          ? (chunk / kOctet * box_pixels + lane / 16 * kOctet + lane % kOctet) * kBoxChannels +
+                (chunk % kOctet ^ lane % kOctet) * kOctet
+          : out * pitch + 2 * t;
   const ptx::Cells all_cells = ptx::cells(
       uint32_t(__cvta_generic_to_shared(cells)) + (T::kTile.wide ? 0 : group * T::kGroupBytes),
       pitch * kOctet * 2);
-  // Instructions set `sums` before they add to them.
-  float sums[T::kKernelW][T::kSums], totals[T::kKernelW][T::kSums];
+  // Instructions set `sums` before they add to them. Of 16 bits their totals are in the part.
+  float sums[T::kKernelW][T::kSums];
+  [[maybe_unused]] float totals[T::kHalf ? 1 : T::kKernelW][T::kHalf ? 1 : T::kSums] = {};
 #pragma unroll
   for (int tap = 0; tap < T::kKernelW; ++tap)
 #pragma unroll
-    for (int i = 0; i < T::kSums; ++i) {
-      totals[tap][i] = 0;
-      asm("" : "=f"(sums[tap][i]));
+    for (int i = 0; i < T::kSums; ++i) asm("" : "=f"(sums[tap][i]));
+  bool fits = true;
+  [[maybe_unused]] int summed = 0;  // rows
+  // float32 does not hold what is infinite or NaN in an operand, nor a sum too large.
+  const auto store = [&](const float (&values)[T::kKernelW][T::kSums]) {
+    int row = out;
+    ptx::keep(row);  // or places would be computed before the loop, for which there is no room
+    const int kinds = T::channel_kinds(g), kind_channels = T::kTile.out_channels() / kinds;
+    const int kind = row / kind_channels, first = row - kind * kind_channels;
+    float* const to = operands.partial + place.split * g.weights();
+    const auto taps_of = [&](int of, int j) {
+      const int out_channel = place.out_channel + (first + j % 4 / 2 * 8) * kinds + kind;
+      const int channel = place.channel + (T::kLayered ? of * T::kTile.slot_channels() : 0) +
+                          (T::kTile.wide ? 0 : group * T::kOctets * kOctet) + j / 4 * kOctet +
+                          2 * t + j % 2;
+      return g.taps(place.group, out_channel, channel);
+    };
+    const auto store_taps = [&](const WeightGemm::Taps& taps, int of, int j) {
+      const int tap_h = place.tap_h + (T::kLayered ? 0 : of);
+#pragma unroll
+      for (int tap = 0; tap < T::kKernelW; ++tap) {
+        float total = values[tap][of * T::kOctets * 4 + j];
+        const int64_t at = g.weight(taps, tap_h, place.tap_w + tap);
+        if (at >= 0) {
+          if (T::kHalf && summed > kPromotedRows) total += to[at];
+          to[at] = total;
+        }
+        fits &= fabsf(total) < INFINITY;
+      }
+    };
+    // In the orders for which there are registers.
+    if constexpr (T::kHalf) {
+#pragma unroll
+      for (int j = 0; j < T::kOctets * 4; ++j) {
+        WeightGemm::Taps taps = taps_of(0, j);
+#pragma unroll
+        for (int of = 0; of < T::kWindow; ++of) {
+          if (T::kLayered) taps = taps_of(of, j);
+          store_taps(taps, of, j);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int of = 0; of < T::kWindow; ++of)
+#pragma unroll
+        for (int j = 0; j < T::kOctets * 4; ++j) store_taps(taps_of(of, j), of, j);
     }
+  };
 
   Stage stage;
   int box = 0;         // the row's in the stage
   Stage slot, newest;  // of the row's first tap, and the next that is to come
   int come = 0;        // slots from the first tap's that are known to be full
-  bool fits = true;    // whether float32 holds what sums are worth
-  int held = 0;        // rows in the sums
   for (Rows row(g, place); !row.done();) {
     for (; come < T::kWindow; ++come, newest.next(ring))
       ptx::barrier_wait(&header.cells_full[newest.index], newest.parity);
@@ -99,9 +147,7 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
     const bool even = begin % 2 == 0;
     const auto* const boxes =
         reinterpret_cast<const typename T::Raw*>(raw + stage.index * T::kRawBytes);
-    const auto* const from = boxes + (box * T::kTile.out_channels() + out) * pitch + begin + 2 * t;
-    const uint32_t channels_from = uint32_t(
-        __cvta_generic_to_shared(boxes + box * T::kTile.out_channels() * pixels + channels_at));
+    const auto* const from = boxes + box * T::kTile.out_channels() * box_pixels + lane_at + begin;
     float2 upper{1, 1}, lower{1, 1};
     if constexpr (!T::kHalf) {
       upper = header.row_scale[stage.index][out];
@@ -120,20 +166,22 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
         GradStep<T>& a = steps[step % 2];
         if constexpr (!T::kHalf)
           a.load(from + pixel, pitch, even, upper.x, lower.x);
-        else if (g.grad_last)
-          ptx::load_transposed(a.high, channels_from + pixel * kBoxChannels * 2);
+        else if (by_channels)
+          ptx::load_transposed(a.high,
+                               uint32_t(__cvta_generic_to_shared(from + pixel * kBoxChannels)));
         else
           a.load(from + pixel, pitch, even);
         ptx::wgmma_fence();
+        ptx::Cells b = window + pixel;
 #pragma unroll
-        for (int tap = 0; tap < T::kKernelW; ++tap) {
-          const ptx::Cells b = window + (pixel + tap * g.dilation_w);
+        for (int tap = 0; tap < T::kKernelW; ++tap, b = b + g.dilation_w) {
           if constexpr (T::kProducts == 3) {
             ptx::wgmma(sums[tap], a.high, b + T::kPartBytes / 16, pixel > 0);
             ptx::wgmma(sums[tap], a.low, b, 1);
             ptx::wgmma(sums[tap], a.high, b, 1);
           } else {
-            multiply<T>(sums[tap], a.high, b, pixel > 0 || held > 0);
+            multiply<T>(sums[tap], a.high, b,
+                        pixel > 0 || (T::kHalf && summed % kPromotedRows > 0));
           }
         }
         ptx::wgmma_commit();
@@ -158,42 +206,24 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
     }
     for (int left = ends ? T::kWindow : 1; left > 0; --left, --come, slot.next(ring))
       if (lane == 0) ptx::barrier_arrive(&header.cells_empty[slot.index]);
-    if (T::kHalf && ++held < kPromotedRows && !row.done()) continue;
-    held = 0;
+    if constexpr (T::kHalf) {
+      if (++summed % kPromotedRows == 0 || row.done()) store(sums);
+    } else {
 #pragma unroll
-    for (int of = 0; of < T::kWindow; ++of) {
-      const float units[2] = {upper.y * worth[of], lower.y * worth[of]};
-      fits &= units[0] > 0 && units[1] > 0;
+      for (int of = 0; of < T::kWindow; ++of) {
+        const float units[2] = {upper.y * worth[of], lower.y * worth[of]};
+        fits &= units[0] > 0 && units[1] > 0;
 #pragma unroll
-      for (int tap = 0; tap < T::kKernelW; ++tap)
+        for (int tap = 0; tap < T::kKernelW; ++tap)
 #pragma unroll
-        for (int j = 0; j < T::kOctets * 4; ++j) {
-          const int i = of * T::kOctets * 4 + j;
-          totals[tap][i] = fmaf(sums[tap][i], units[j / 2 % 2], totals[tap][i]);
-        }
-    }
-  }
-
-  // Nor do totals where an operand is infinite or NaN, or a sum too large.
-  float* const to = operands.partial + place.split * g.weights();
-#pragma unroll
-  for (int of = 0; of < T::kWindow; ++of)
-#pragma unroll
-    for (int j = 0; j < T::kOctets * 4; ++j) {
-      const int out_channel =
-          place.out_channel + (out % kind_channels + j % 4 / 2 * 8) * channel_kinds + kind;
-      const int channel = place.channel + (T::kLayered ? of * T::kTile.slot_channels() : 0) +
-                          (T::kTile.wide ? 0 : group * T::kOctets * kOctet) + j / 4 * kOctet +
-                          2 * t + j % 2;
-      const int tap_h = place.tap_h + (T::kLayered ? 0 : of);
-#pragma unroll
-      for (int tap = 0; tap < T::kKernelW; ++tap) {
-        const float total = totals[tap][of * T::kOctets * 4 + j];
-        fits &= fabsf(total) < INFINITY;
-        const int64_t at = g.weight(place.group, out_channel, channel, tap_h, place.tap_w + tap);
-        if (at >= 0) to[at] = total;
+          for (int j = 0; j < T::kOctets * 4; ++j) {
+            const int i = of * T::kOctets * 4 + j;
+            totals[tap][i] = fmaf(sums[tap][i], units[j / 2 % 2], totals[tap][i]);
+          }
       }
     }
+  }
+  if constexpr (!T::kHalf) store(totals);
   if (!fits) operands.bad_blocks[blockIdx.x] = 1;
 }
 

@@ -51,10 +51,10 @@ __global__ void __launch_bounds__(T::kWarps* kWarp, 1)
     }
     for (int i = 0; i < T::ring(g); ++i) {
       ::cuda::ptx::mbarrier_init(&header.cells_full[i],
-                                 T::kHalf ? kWarp : min(T::kCells, T::pitch(g)));
+                                 T::kHalf ? T::kPieces * kWarp : min(T::kCells, T::pitch(g)));
       ::cuda::ptx::mbarrier_init(&header.cells_empty[i], kConsumerWarps);
     }
-    for (int i = 0; T::kHalf && i < kMoverWarps; ++i) {
+    for (int i = 0; T::kHalf && i < kRawPieces; ++i) {
       ::cuda::ptx::mbarrier_init(&header.input_full[i], 1);
       ::cuda::ptx::mbarrier_init(&header.input_empty[i], kWarp);
     }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kExactThreads, 2)
     const int tap_w = place.tap_w + tap % tile.kernel_w;
     const int k = place.channel + pair % tile.channels();
     const int out_channel = place.out_channel + pair / tile.channels();
-    const int64_t to = g.weight(place.group, out_channel, k, tap_h, tap_w);
+    const int64_t to = g.weight(g.taps(place.group, out_channel, k), tap_h, tap_w);
     if (to < 0) continue;
     const int line = g.by_phases.quotient(k), phase = k - line * g.phases();
     const int channel = sort_kinds(line, g.input_kinds_log, kOctetLog);
@@ -142,13 +142,15 @@ void sum_parts(const WeightGemm& g, const WeightTile& tile, const WeightOperands
   const auto on = cudaStream_t(stream);
   const int blocks = g.tiles() * g.splits;
   CONVOPS_CUDA_CHECK(cudaMemsetAsync(operands.bad_blocks, g.is_astray, blocks, on));
+  constexpr int kTiles =
+      int(sizeof(E) == 2 ? std::size(kHalfWeightTiles) : std::size(kFloatWeightTiles));
   const auto try_tile = [&]<int i>() {
-    constexpr WeightTile kTile = kWeightTiles[i];
+    constexpr WeightTile kTile = sizeof(E) == 2 ? kHalfWeightTiles[i] : kFloatWeightTiles[i];
     if (tile == kTile && !g.is_astray) launch<Traits<kTile, E, kProducts>>(g, operands, on);
   };
   [&]<int... i>(std::integer_sequence<int, i...>) {
     (try_tile.template operator()<i>(), ...);
-  }(std::make_integer_sequence<int, int(std::size(kWeightTiles))>());
+  }(std::make_integer_sequence<int, kTiles>());
   exact_kernel<E><<<dim3(blocks, kExactShares), kExactThreads, 0, on>>>(g, operands, grad, tile);
   CONVOPS_LAUNCH_CHECK("implicit_gemm backward-weight, exact");
 }

@@ -22,11 +22,13 @@ static_assert(kStagePixels / kStepPixels <= promoted_steps(3),
               "sums leave the tensor cores after a stage");
 constexpr int kMaxStages = 4, kMaxConverterGroups = 4, kMaxGroupWarps = 4, kMaxInputStages = 3;
 constexpr int kHeader = 5120;
-// Of 16 bits one thread each loads grad_output and the input, and warps take rows of the input, a
-// raw stage each, by turns.
-constexpr int kLoaderWarps = 2, kMoverWarps = 6;
-// So many rows are summed in the tensor cores: 48 truncated additions.
-constexpr int kPromotedRows = 8;
+// Of 16 bits one thread loads grad_output and the input, and warps take pieces of slots, two
+// octets, by turns. A piece has a raw stage, or copies under way while others are begun.
+constexpr int kLoaderWarps = 1, kMoverWarps = 3, kPieceOctets = 2;
+constexpr int kRawPieces = 2 * kMoverWarps, kCopiesAhead = 2;
+// So many rows, of the products that 16 bits need not be promoted for, are summed in the tensor
+// cores.
+constexpr int kPromotedRows = kMostHalfProducts / kStagePixels;
 constexpr int kSwizzledBytes = 1024;  // what boxes of swizzled rows are aligned to
 
 // Where a block works.
@@ -61,7 +63,7 @@ struct Header {
   float2 row_scale[kMaxStages][128];  // of an out channel: factor, and what 1 stands for
   uint32_t largest[kMaxConverterGroups][kMaxInputStages][kMaxGroupWarps];
   // Of 16 bits:
-  uint64_t input_full[kMoverWarps], input_empty[kMoverWarps];
+  uint64_t input_full[kRawPieces], input_empty[kRawPieces];
   uint4 nowhere;  // where movers put what is no cell
 };
 static_assert(sizeof(Header) <= kHeader);
@@ -93,9 +95,16 @@ struct Traits {
   // Of a warpgroup: octets, columns of an instruction, sums of a thread for a tap of a row.
   static constexpr int kOctets = tile.octets, kColumns = kWindow * kOctets * kOctet;
   static constexpr int kSums = kColumns / 2;
-  static_assert(kSums * kKernelW <= 72, "two sets of sums and the operands fit the registers");
+  static_assert(kSums * kKernelW <= (kHalf ? 144 : 72),
+                "two sets of sums (of 16 bits one) and the operands fit the registers");
   static constexpr int kBlockOctets = tile.slot_channels() / kOctet;
-  static_assert(kBlockOctets <= 2, "a converter has registers for so many");
+  static_assert(kHalf || kBlockOctets <= 2, "a converter has registers for so many");
+  // Of 16 bits, of a slot:
+  static constexpr int kOctetsOfPiece = kBlockOctets < kPieceOctets ? kBlockOctets : kPieceOctets;
+  static constexpr int kPieces = kBlockOctets / kOctetsOfPiece;
+  // A warp's slot that is waited for is free without those it has not announced.
+  static_assert(!kHalf || kSlots - tile.mirrored() >=
+                              tile.window() + kCopiesAhead * kMoverWarps / kPieces + 2);
   // Cells of a slot or of several narrow ones, a thread's each.
   static constexpr int kCells = kStagePixels + (kKernelW > 1 ? kReach : 0);
   // Warps that find grad_output's scales, of which one thread loads it too, and that convert the
@@ -108,11 +117,13 @@ struct Traits {
   static constexpr int kLoaders = kConsumerWarps, kMovers = kLoaders + kLoaderWarps;
   static constexpr int kWarps =
       kHalf ? kMovers + kMoverWarps : kConverters + kConverterGroups * kGroupWarps;
-  static constexpr int kConsumerRegisters = kHalf ? 184 : kLayered ? 112 : tile.narrow ? 192 : 200;
+  static constexpr int kConsumerRegisters = kHalf ? 216 : kLayered ? 112 : tile.narrow ? 192 : 200;
   static constexpr int kProducerRegisters = kHalf ? 72 : tile.narrow ? 64 : 56;
+  // What a warp's threads have at the launch. For more in all setmaxnreg would wait for ever.
+  static constexpr int kRegisters = 65536 / (kWarps * kWarp) / 8 * 8;
   static_assert(kConsumerRegisters * kConsumerWarps +
                     kProducerRegisters * (kWarps - kConsumerWarps) <=
-                65536 / kWarp);
+                kRegisters * kWarps);
   // Raw rows of the input, each thread's its own: one to convert and those on their way.
   static constexpr int kInputStages = kLayered ? 2 : 3;
   // Of a part, a warpgroup's octets.
@@ -121,10 +132,10 @@ struct Traits {
   static constexpr int kRawBytes = kTile.out_channels() * kMostPitch * int(sizeof(E));
   static constexpr int kInputFloats = kBlockOctets * kOctet * kCells;  // of a stage
   static constexpr int kGroupFloats = kInputStages * kInputFloats;     // of a group of converters
-  // Of 16 bits, a mover's: as many rows as a slot has channels.
-  static constexpr int kMoverBytes = kBlockOctets * kOctet * weight_raw_pitch(kMostPitch) * 2;
+  // Of 16 bits: as many rows as a piece has channels.
+  static constexpr int kPieceBytes = kOctetsOfPiece * kOctet * weight_raw_pitch(kMostPitch) * 2;
   static constexpr int kInputBytes =
-      kHalf ? kMoverWarps * kMoverBytes : kConverterGroups * kGroupFloats * 4;
+      kHalf ? kRawPieces * kPieceBytes : kConverterGroups * kGroupFloats * 4;
   static constexpr int kRawAt = (kHeader + kParts * kPartBytes + kInputBytes + kSwizzledBytes - 1) /
                                 kSwizzledBytes * kSwizzledBytes;
   static_assert(!kHalf || kRawBytes % kSwizzledBytes == 0);
@@ -175,6 +186,18 @@ class Rows {
   int column_, left_;
 };
 
+// A place in a ring of stages and the parity of its barriers' phase.
+struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+
+  __device__ void next(int count) {
+    if (++index < count) return;
+    index = 0;
+    parity ^= 1;
+  }
+};
+
 // Walks through the slots of a block's rows: a run begins with the rows of all taps; a row has all
 // layers.
 template <typename T>
@@ -191,6 +214,27 @@ struct Slots {
   }
 };
 
+// Walks through the pieces of the slots, and says where in both rings they are.
+template <typename T>
+struct Pieces {
+  Slots<T> slots;
+  Stage slot{}, raw{};
+  int piece = 0;
+
+  __device__ bool done() const { return slots.row.done(); }
+  __device__ bool ends_row() const {
+    return piece == T::kPieces - 1 && slots.turn == T::kWindow - 1;
+  }
+  __device__ int first_octet() const { return piece * T::kOctetsOfPiece; }
+  __device__ void next(const WeightGemm& g) {
+    raw.next(kRawPieces);
+    if (++piece < T::kPieces) return;
+    piece = 0;
+    slots.next(g);
+    slot.next(T::ring(g));
+  }
+};
+
 // What a slot holds: cells from (h, w) of an image on, of the channels of the sum from `channel`.
 template <typename T>
 struct SlotPlace {
@@ -201,18 +245,6 @@ struct SlotPlace {
     channel = place.channel + (T::kLayered ? slots.turn * T::kTile.slot_channels() : 0);
     h = (slots.row.y + tap * g.dilation_h) * g.stride_h - g.padding_h;
     w = (slots.row.x + place.tap_w * g.dilation_w) * g.stride_w - g.padding_w;
-  }
-};
-
-// A place in a ring of stages and the parity of its barriers' phase.
-struct Stage {
-  int index = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(int count) {
-    if (++index < count) return;
-    index = 0;
-    parity ^= 1;
   }
 };
 

@@ -63,6 +63,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define CONVOPS_D1H CONVOPS_D1, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
 #define CONVOPS_D2 CONVOPS_D1, CONVOPS_D(2)
 #define CONVOPS_D3 CONVOPS_D(0), CONVOPS_D(1), CONVOPS_D(2), CONVOPS_D(3)
+#define CONVOPS_D4 CONVOPS_D3, CONVOPS_D(4)
 #define CONVOPS_D5 CONVOPS_D3, CONVOPS_D(4), CONVOPS_D(5)
 #define CONVOPS_D7 CONVOPS_D5, CONVOPS_D(6), CONVOPS_D(7)
 #define CONVOPS_D9 CONVOPS_D7, CONVOPS_D(8), CONVOPS_D(9)
@@ -125,7 +126,11 @@ __device__ __forceinline__ Cells cells(uint32_t address, uint32_t plane) {
   CONVOPS_WGMMA_CELLS(name, type, 48, CONVOPS_R2, CONVOPS_D2, "%24", "%25", "%26", "%27", "%28",   \
                       "%29")                                                                       \
   CONVOPS_WGMMA_CELLS(name, type, 64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34", "%35", "%36",   \
-                      "%37")
+                      "%37")                                                                       \
+  CONVOPS_WGMMA_CELLS(name, type, 80, CONVOPS_R4, CONVOPS_D4, "%40", "%41", "%42", "%43", "%44",   \
+                      "%45")                                                                       \
+  CONVOPS_WGMMA_CELLS(name, type, 96, CONVOPS_R5, CONVOPS_D5, "%48", "%49", "%50", "%51", "%52",   \
+                      "%53")
 CONVOPS_WGMMA_ALL_CELLS(wgmma, "f16")
 CONVOPS_WGMMA_ALL_CELLS(wgmma_bf16, "bf16")
 
