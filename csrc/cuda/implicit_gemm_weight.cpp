@@ -66,11 +66,11 @@ int products(const ConvProblem& p) {
 }
 
 // Of places in 16 bytes, of what is so many elements apart.
-int kinds(const ConvProblem& p, int64_t stride) {
-  return int(vector(p) / std::gcd(stride, vector(p)));
+int kinds_log(const ConvProblem& p, int64_t stride) {
+  return std::countr_zero(uint64_t(vector(p) / std::gcd(stride, vector(p))));
 }
 RowKinds row_kinds(const ConvProblem& p, const Tensor4& t) {
-  return {kinds(p, t.stride[1]), kinds(p, t.stride[2]), {}};
+  return {kinds_log(p, t.stride[1]), kinds_log(p, t.stride[2]), {}};
 }
 
 // What tensor maps want of strides.
@@ -98,9 +98,9 @@ InputWay input_way(const ConvProblem& p) {
   const RowKinds kinds = row_kinds(p, p.input);
   const bool boxes = p.stride.w == 1 && p.input.stride[3] == 1 && maps(p, p.input, 0) &&
                      maps(p, p.input, 1) && maps(p, p.input, 2) &&
-                     kinds.channels * kinds.rows <= kMaxRowKinds &&
-                     p.input.size[1] >= kinds.channels && p.input.size[2] >= kinds.rows &&
-                     (p.groups == 1 || p.group_in_channels() % kinds.channels == 0);
+                     kinds.channels() * kinds.rows() <= kMaxRowKinds &&
+                     p.input.size[1] >= kinds.channels() && p.input.size[2] >= kinds.rows() &&
+                     (p.groups == 1 || p.group_in_channels() % kinds.channels() == 0);
   return boxes ? InputWay::kBoxes : InputWay::kElements;
 }
 
@@ -132,12 +132,11 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   g.row_stride = p.input.stride[2];
   g.column_stride = p.input.stride[3];
   g.grad_last = has_grad_channels(p);
-  g.grad_kinds = g.grad_last ? RowKinds{1, 1, {}} : row_kinds(p, p.output);
+  g.grad_kinds = g.grad_last ? RowKinds{} : row_kinds(p, p.output);
   g.input_way = is_half(p) ? input_way(p) : InputWay::kElements;
-  g.input_kinds = g.input_way == InputWay::kBoxes ? row_kinds(p, p.input) : RowKinds{1, 1, {}};
-  g.input_kinds_log = std::countr_zero(unsigned(g.input_kinds.channels));
+  g.input_kinds = g.input_way == InputWay::kBoxes ? row_kinds(p, p.input) : RowKinds{};
   g.channel_tiles =
-      int(ceil_divide(round_up(g.channels, kOctet << g.input_kinds_log), tile.channels()));
+      int(ceil_divide(round_up(g.channels, kOctet << g.input_kinds.channels_log), tile.channels()));
   g.out_channel_tiles = int(ceil_divide(g.out_channels, tile.out_channels()));
   g.taps_h = int(ceil_divide(taps.h, tile.kernel_h));
   g.taps_w = int(ceil_divide(taps.w, tile.kernel_w));
@@ -184,7 +183,7 @@ double estimate(const ConvProblem& p, const WeightGemm& g, const WeightTile& til
 
 bool fits(const ConvProblem& p, const WeightTile& tile) {
   const bool strided = p.stride.h > 1 || p.stride.w > 1;
-  const int channel_kinds = has_grad_channels(p) ? 1 : row_kinds(p, p.output).channels;
+  const int channel_kinds = has_grad_channels(p) ? 1 : row_kinds(p, p.output).channels();
   if (!is_half(p) && !tile.narrow && tile.layers == 1 && (strided || channel_kinds > 1))
     return false;
   if (channel_kinds * kWarpRows > tile.out_channels()) return false;
@@ -283,7 +282,8 @@ class ImplicitGemmWeight final : public Algorithm {
       gemm.grad_maps[0] = make_channels_map(p, g, gemm.grad);
     else if (!g.grad_last)
       make_row_maps(p, p.output, gemm.grad, g.pitch,
-                    plan.tile.out_channels() / g.grad_kinds.channels, g.grad_kinds, gemm.grad_maps);
+                    plan.tile.out_channels() / g.grad_kinds.channels(), g.grad_kinds,
+                    gemm.grad_maps);
     if (g.input_way == InputWay::kBoxes)
       make_row_maps(p, p.input, gemm.input, weight_raw_pitch(g.pitch), kOctet, g.input_kinds,
                     gemm.input_maps);
@@ -305,9 +305,10 @@ class ImplicitGemmWeight final : public Algorithm {
         return "grad_output's stride " + std::to_string(p.output.stride[i]) + " in dimension " +
                std::to_string(i);
     const RowKinds kinds = row_kinds(p, p.output);
-    if (p.group_out_channels() % kinds.channels != 0 || kinds.channels * kinds.rows > kMaxRowKinds)
+    if (p.group_out_channels() % kinds.channels() != 0 ||
+        kinds.channels() * kinds.rows() > kMaxRowKinds)
       return "rows of " + std::to_string(p.group_out_channels()) + " out channels that begin in " +
-             std::to_string(kinds.channels) + " × " + std::to_string(kinds.rows) +
+             std::to_string(kinds.channels()) + " × " + std::to_string(kinds.rows()) +
              " places of 16 bytes";
     return "";
   }
@@ -319,16 +320,16 @@ class ImplicitGemmWeight final : public Algorithm {
     const int bytes = int(element_size(p.dtype));
     const auto address = reinterpret_cast<uintptr_t>(data);
     const int64_t astray = int64_t(address % kVectorBytes) / bytes;
-    for (int channel = 0; channel < kinds.channels; ++channel)
-      for (int row = 0; row < std::min<int64_t>(kinds.rows, size[2]); ++row) {
+    for (int channel = 0; channel < kinds.channels(); ++channel)
+      for (int row = 0; row < std::min<int64_t>(kinds.rows(), size[2]); ++row) {
         const int64_t first = channel * stride[1] + row * stride[2] + astray;
         const int64_t before = first % vector(p);
         const int kind = kinds.kind(channel, row);
         kinds.begins[kind] = int(before);
         maps[kind] = make_map(static_cast<const uint8_t*>(data) + (first - before - astray) * bytes,
-                              {size[3] + before, ceil_divide(size[2] - row, kinds.rows),
-                               ceil_divide(size[1] - channel, kinds.channels), size[0]},
-                              {kinds.rows * stride[2], kinds.channels * stride[1], stride[0]},
+                              {size[3] + before, ceil_divide(size[2] - row, kinds.rows()),
+                               ceil_divide(size[1] - channel, kinds.channels()), size[0]},
+                              {kinds.rows() * stride[2], kinds.channels() * stride[1], stride[0]},
                               {pixels, 1, channels, 1}, bytes);
       }
   }

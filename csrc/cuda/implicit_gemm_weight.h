@@ -32,10 +32,14 @@ inline constexpr int kHalfCellBytes = 112 * 1024;
 // kind has a map, from the last multiple of 16 bytes before its first row on.
 inline constexpr int kMaxRowKinds = 16;
 struct RowKinds {
-  int channels, rows;
+  int channels_log, rows_log;
   int begins[kMaxRowKinds];  // elements from there to a row: of [channel's kind][row's kind]
 
-  CONVOPS_HOST_DEVICE int kind(int channel, int row) const { return channel * rows + row % rows; }
+  CONVOPS_HOST_DEVICE int channels() const { return 1 << channels_log; }
+  CONVOPS_HOST_DEVICE int rows() const { return 1 << rows_log; }
+  CONVOPS_HOST_DEVICE int kind(int channel, int row) const {
+    return ((channel & (channels() - 1)) << rows_log) + (row & (rows() - 1));
+  }
 };
 // Grad_output's out channels come in boxes of rows, or of 16 bits, where channels are neighbours
 // (channels_last), in boxes of 64 channels, whose 16 bytes are swizzled.
@@ -65,8 +69,12 @@ struct WeightTile {
   constexpr int mirrored() const { return layers > 1 ? 0 : window() - 1; }
   // (Of 16 bits as many as kHalfCellBytes have room for.)
   constexpr int slots(bool half) const {
+    const int least = 2 * window() + 2;  // of 16 bits: a run's end, the next one's begin
     if (half)
-      return std::min(kMaxRing + mirrored(), kHalfCellBytes / (slot_channels() * kMostPitch * 2));
+      return mirrored() +
+             std::max(least,
+                      std::min(kMaxRing,
+                               kHalfCellBytes / (slot_channels() * kMostPitch * 2) - mirrored()));
     return layers > 1 ? 2 * window() : window() + 2 + mirrored();
   }
   constexpr bool operator==(const WeightTile&) const = default;
@@ -79,9 +87,9 @@ inline constexpr WeightTile kFloatWeightTiles[] = {
     {3, 3, 2, 1, true, true},  {5, 3, 1, 1, false, true}, {1, 1, 2, 4, true, false}};
 // Of 16 bits there are no totals, and twice as many sums.
 inline constexpr WeightTile kHalfWeightTiles[] = {
-    {3, 3, 4, 1, true, false},  {3, 3, 4, 1, false, false}, {5, 3, 2, 1, true, false},
-    {5, 3, 2, 1, false, false}, {3, 3, 4, 1, true, true},   {3, 3, 4, 1, false, true},
-    {5, 3, 2, 1, false, true},  {1, 1, 2, 4, true, false}};
+    {3, 3, 2, 1, true, false}, {3, 3, 4, 1, true, false},  {3, 3, 4, 1, false, false},
+    {5, 3, 2, 1, true, false}, {5, 3, 2, 1, false, false}, {3, 3, 4, 1, true, true},
+    {3, 3, 4, 1, false, true}, {5, 3, 2, 1, false, true},  {1, 1, 2, 4, true, false}};
 
 // A stride s makes s phases of rows and of columns: channel k of the sum is (channel, phase), row y
 // of phase i is row s · y + i - padding of the input, and its tap t is row s · t + i of the kernel,
@@ -102,7 +110,6 @@ struct WeightGemm {
   int pitch, stage_rows, ring;
   // The out channels of a tile, and octets of the input's, are ordered by kinds.
   RowKinds grad_kinds, input_kinds;
-  int input_kinds_log;  // of channels
   InputWay input_way;
   bool grad_last;  // boxes of channels
   bool is_astray;  // no boxes: all blocks are summed by fused multiply-adds
@@ -124,7 +131,7 @@ struct WeightGemm {
   };
   CONVOPS_HOST_DEVICE Taps taps(int group, int out_channel, int k) const {
     const int line = by_phases.quotient(k), phase = k - line * phases();
-    const int channel = sort_kinds(line, input_kinds_log, kOctetLog);
+    const int channel = sort_kinds(line, input_kinds.channels_log, kOctetLog);
     const int phase_h = by_phases_w.quotient(phase);
     const bool exists = out_channel < out_channels && channel < group_channels();
     const int64_t row = int64_t(group * out_channels + out_channel) * group_channels() + channel;

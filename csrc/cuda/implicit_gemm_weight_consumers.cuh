@@ -65,7 +65,7 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
   const int pitch = T::pitch(g), ring = T::ring(g);
   const int out = (T::kTile.wide ? group * 64 : 0) + warp % 4 * 16 + lane / 4;
   // Out channels lie ordered by kinds, 16 or more of one: a warp's are.
-  const int kind = out / (T::kTile.out_channels() / T::channel_kinds(g));
+  const int kind = out / (T::kTile.out_channels() >> T::channel_kinds_log(g));
   // The lane's first elements in a row's boxes: of channels, 16 bytes of a pixel's swizzled 128.
   const bool by_channels = T::kHalf && g.grad_last;
   const int box_pixels = by_channels ? pitch - kReach : pitch;
@@ -91,11 +91,12 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
   const auto store = [&](const float (&values)[T::kKernelW][T::kSums]) {
     int row = out;
     ptx::keep(row);  // or places would be computed before the loop, for which there is no room
-    const int kinds = T::channel_kinds(g), kind_channels = T::kTile.out_channels() / kinds;
+    const int kinds_log = T::channel_kinds_log(g);
+    const int kind_channels = T::kTile.out_channels() >> kinds_log;
     const int kind = row / kind_channels, first = row - kind * kind_channels;
     float* const to = operands.partial + place.split * g.weights();
     const auto taps_of = [&](int of, int j) {
-      const int out_channel = place.out_channel + (first + j % 4 / 2 * 8) * kinds + kind;
+      const int out_channel = place.out_channel + ((first + j % 4 / 2 * 8) << kinds_log) + kind;
       const int channel = place.channel + (T::kLayered ? of * T::kTile.slot_channels() : 0) +
                           (T::kTile.wide ? 0 : group * T::kOctets * kOctet) + j / 4 * kOctet +
                           2 * t + j % 2;
@@ -137,6 +138,18 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
   int box = 0;         // the row's in the stage
   Stage slot, newest;  // of the row's first tap, and the next that is to come
   int come = 0;        // slots from the first tap's that are known to be full
+  // Gives back so many slots before that, and the stage before if that has ended.
+  const auto release = [&](int slots, bool stage_too) {
+    if (stage_too)
+      ptx::barrier_arrive(&header.raw_empty[(stage.index > 0 ? stage.index : T::kStages) - 1]);
+    for (int i = slot.index - slots; i < slot.index; ++i)
+      if (lane == 0) ptx::barrier_arrive(&header.cells_empty[i < 0 ? i + ring : i]);
+  };
+  // Of 16 bits the tensor cores go on with the next row while a row's slots are given back. (There
+  // its first step needs other registers than the row's last: an even number of steps.)
+  constexpr bool kGoesOn = T::kHalf && !T::kTile.narrow;
+  int kept = 0;          // slots of the row before
+  GradStep<T> steps[2];  // the tensor cores read one while the other is loaded
   for (Rows row(g, place); !row.done();) {
     for (; come < T::kWindow; ++come, newest.next(ring))
       ptx::barrier_wait(&header.cells_full[newest.index], newest.parity);
@@ -155,7 +168,6 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
     }
     const ptx::Cells window = all_cells + slot.index * (T::kOctets * pitch);
 
-    GradStep<T> steps[2];  // the tensor cores read one while the other is loaded
     constexpr int kSteps = T::kGeneral ? 2 : kStagePixels / kStepPixels;  // at once
     const int end = T::kGeneral ? min(kStagePixels, g.out_width - row.x) : kStagePixels;
     for (int first = 0; first < end; first += kSteps * kStepPixels)
@@ -186,6 +198,7 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
+        if (kGoesOn && pixel == 0 && kept > 0) release(kept, true);
       }
     // What a sum of each slot is worth, read by the lane that says later that the slot is free.
     float worth[T::kWindow];
@@ -196,18 +209,22 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
           T::kHalf ? 1 : __shfl_sync(~0u, lane == 0 ? header.cells_unit[tap_slot.index] : 0.f, 0);
       tap_slot.next(ring);
     }
-    ptx::wgmma_wait<0>();
+    if constexpr (!kGoesOn) ptx::wgmma_wait<0>();
     // The row's first tap is nobody else's, at a run's end all are, and layers always.
-    const bool ends = row.next(g) || row.done() || T::kLayered;
-    if (++box == T::stage_rows(g)) {
-      ptx::barrier_arrive(&header.raw_empty[stage.index]);
+    kept = row.next(g) || row.done() || T::kLayered ? T::kWindow : 1;
+    come -= kept;
+    for (int i = 0; i < kept; ++i) slot.next(ring);
+    const bool ends_stage = ++box == T::stage_rows(g);
+    if (ends_stage) {
       stage.next(T::kStages);
       box = 0;
     }
-    for (int left = ends ? T::kWindow : 1; left > 0; --left, --come, slot.next(ring))
-      if (lane == 0) ptx::barrier_arrive(&header.cells_empty[slot.index]);
+    if constexpr (!kGoesOn) release(kept, ends_stage);
     if constexpr (T::kHalf) {
-      if (++summed % kPromotedRows == 0 || row.done()) store(sums);
+      if (++summed % kPromotedRows == 0 || row.done()) {
+        ptx::wgmma_wait<0>();
+        store(sums);
+      }
     } else {
 #pragma unroll
       for (int of = 0; of < T::kWindow; ++of) {

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kExactThreads, 2)
     const int64_t to = g.weight(g.taps(place.group, out_channel, k), tap_h, tap_w);
     if (to < 0) continue;
     const int line = g.by_phases.quotient(k), phase = k - line * g.phases();
-    const int channel = sort_kinds(line, g.input_kinds_log, kOctetLog);
+    const int channel = sort_kinds(line, g.input_kinds.channels_log, kOctetLog);
     const int top = tap_h * g.dilation_h * g.stride_h + g.by_phases_w.quotient(phase) - g.padding_h;
     const int left =
         tap_w * g.dilation_w * g.stride_w + g.by_phases_w.remainder(phase) - g.padding_w;

@@ -36,12 +36,13 @@ class Loader {
  private:
   __device__ void load_rows(const WeightGemm& g, const WeightOperands& operands, uint64_t* full,
                             uint8_t*& to) const {
-    const int channel_kinds = T::channel_kinds(g), row_kinds = g.grad_kinds.rows;
-    const int box_bytes =
-        T::kTile.out_channels() / channel_kinds * T::pitch(g) * int(sizeof(typename T::Raw));
-    const int32_t at[4] = {row_.x, row_.y / row_kinds, channel_ / channel_kinds, row_.image};
-    for (int kind = row_.y % row_kinds; kind < channel_kinds * row_kinds;
-         kind += row_kinds, to += box_bytes) {
+    const RowKinds& kinds = g.grad_kinds;
+    const int channels_log = T::channel_kinds_log(g),
+              box_channels = T::kTile.out_channels() >> channels_log;
+    const int box_bytes = box_channels * T::pitch(g) * int(sizeof(typename T::Raw));
+    const int32_t at[4] = {row_.x, row_.y >> kinds.rows_log, channel_ >> channels_log, row_.image};
+    for (int kind = kinds.kind(0, row_.y); kind < kinds.rows() << channels_log;
+         kind += kinds.rows(), to += box_bytes) {
       ptx::expect_bytes(full, box_bytes);
       ptx::copy_box(to, &operands.grad_maps[kind], at, full);
     }

@@ -12,7 +12,7 @@ namespace convops::cuda::implicit_gemm_weight {
 __device__ __forceinline__ int box_column(const WeightGemm& g, int octet, int h, int w) {
   const RowKinds& kinds = g.input_kinds;
   const bool inside = unsigned(h) < unsigned(g.height);
-  return w + (inside ? kinds.begins[kinds.kind(octet & (kinds.channels - 1), h)] : 0);
+  return w + (inside ? kinds.begins[kinds.kind(octet, h)] : 0);
 }
 // Boxes begin at multiples of 16 bytes.
 constexpr int kVectorMask = vector_elements(2) - 1;
@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_piece(const WeightGemm& g, const WeightOper
                                            const Place& place, Header& header,
                                            const Pieces<T>& pieces, uint8_t* raw) {
   const RowKinds& kinds = g.input_kinds;
-  const int first_channel = place.group * g.group_channels() >> g.input_kinds_log;
+  const int first_channel = place.group * g.group_channels() >> kinds.channels_log;
   const int box_bytes = kOctet * weight_raw_pitch(T::pitch(g)) * 2;
   const SlotPlace at(g, place, pieces.slots);
   const bool inside = unsigned(at.h) < unsigned(g.height);
@@ -33,9 +33,9 @@ __device__ __forceinline__ void load_piece(const WeightGemm& g, const WeightOper
   for (int i = 0; i < T::kOctetsOfPiece; ++i, to += box_bytes) {
     const int octet = at.channel / kOctet + pieces.first_octet() + i;
     const int32_t box[4] = {
-        box_column(g, octet, at.h, at.w) & ~kVectorMask, inside ? at.h / kinds.rows : -1,
-        first_channel + (octet >> g.input_kinds_log) * kOctet, pieces.slots.row.image};
-    const int kind = kinds.kind(octet & (kinds.channels - 1), inside ? at.h : 0);
+        box_column(g, octet, at.h, at.w) & ~kVectorMask, inside ? at.h >> kinds.rows_log : -1,
+        first_channel + (octet >> kinds.channels_log) * kOctet, pieces.slots.row.image};
+    const int kind = kinds.kind(octet, inside ? at.h : 0);
     ptx::expect_bytes(full, box_bytes);
     ptx::copy_box(to, &operands.input_maps[kind], box, full);
   }
@@ -109,7 +109,7 @@ __device__ __forceinline__ void transpose_piece(const WeightGemm& g, const SlotP
     uint32_t from = first + i * kOctet * raw_pitch * 2;
     uint32_t to = shared_address(cells.octet(octet) + cell);
     // At most the last instruction reads past the row, into what follows it in shared memory.
-#pragma unroll 1
+#pragma unroll 4
     for (int j = 0; j < raw_pitch; j += kColumns) {
       uint32_t matrices[4];
       ptx::load_transposed(matrices, from);

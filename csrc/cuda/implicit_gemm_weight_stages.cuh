@@ -87,8 +87,8 @@ struct Traits {
   __device__ static int ring(const WeightGemm& g) {
     return tile.narrow ? g.ring : kSlots - tile.mirrored();
   }
-  __device__ static int channel_kinds(const WeightGemm& g) {
-    return kGeneral || kHalf ? g.grad_kinds.channels : 1;
+  __device__ static int channel_kinds_log(const WeightGemm& g) {
+    return kGeneral || kHalf ? g.grad_kinds.channels_log : 0;
   }
   static constexpr int kSlots = tile.slots(kHalf);
   static constexpr int kWindow = tile.window();
@@ -102,9 +102,11 @@ struct Traits {
   // Of 16 bits, of a slot:
   static constexpr int kOctetsOfPiece = kBlockOctets < kPieceOctets ? kBlockOctets : kPieceOctets;
   static constexpr int kPieces = kBlockOctets / kOctetsOfPiece;
-  // A warp's slot that is waited for is free without those it has not announced.
-  static_assert(!kHalf || kSlots - tile.mirrored() >=
-                              tile.window() + kCopiesAhead * kMoverWarps / kPieces + 2);
+  // Consumers may keep a window while they wait for the next, and a warp has begun so many pieces
+  // more than it has announced: there must be slots for both.
+  static_assert(!kHalf ||
+                kSlots - tile.mirrored() >=
+                    2 * tile.window() + (kCopiesAhead * kMoverWarps + kPieces - 1) / kPieces);
   // Cells of a slot or of several narrow ones, a thread's each.
   static constexpr int kCells = kStagePixels + (kKernelW > 1 ? kReach : 0);
   // Warps that find grad_output's scales, of which one thread loads it too, and that convert the
