@@ -25,6 +25,8 @@ namespace {
 // error of large batches. A share of fewer rows is not worth a block's start.
 constexpr int64_t kMostRows = 4096, kFewestRows = 8;
 
+constexpr double kEvenSplits = 0.9;
+
 constexpr int kVectorBytes = 16;
 constexpr int kWarpRows = 16;  // out channels of a warp: of one kind
 
@@ -141,7 +143,8 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   g.taps_h = int(ceil_divide(taps.h, tile.kernel_h));
   g.taps_w = int(ceil_divide(taps.w, tile.kernel_w));
   g.segments = int(ceil_divide(g.out_width, kStagePixels));
-  g.rows = p.batch() * g.segments * g.out_height;
+  g.images = int(p.batch());
+  g.rows = int64_t{g.images} * g.segments * g.out_height;
   const int64_t pixels = std::min<int64_t>(round_up(g.out_width, kStepPixels), kStagePixels);
   g.pitch = weight_pitch(tile.narrow ? int(pixels) : kStagePixels);
   g.stage_rows = kMostPitch / g.pitch;
@@ -151,6 +154,9 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   const int64_t waves = ceil_divide(g.rows, wave * kMostRows);
   const int64_t wanted = std::max<int64_t>(1, std::min(wave * waves, g.rows / kFewestRows));
   g.splits = int(std::min(wanted, std::max<int64_t>(1, parts)));
+  // Shares that begin at the same rows of all segments (Rows), where that costs few blocks.
+  const int even = g.splits / g.segments * g.segments;
+  if (even >= kEvenSplits * g.splits) g.splits = even;
   g.smallest = smallest_element(products(p), p.batch() * p.output_pixels(), 1);
   return g;
 }

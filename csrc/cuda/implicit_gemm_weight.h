@@ -104,7 +104,7 @@ struct WeightGemm {
   Divisor by_phases, by_phases_w;  // of both together, and the columns'
   int64_t image_stride, channel_stride, row_stride, column_stride;  // of the input
   // Blocks of channels, out channels and taps; segments of a row; parts that K is split into.
-  int channel_tiles, out_channel_tiles, taps_h, taps_w, segments, splits;
+  int channel_tiles, out_channel_tiles, taps_h, taps_w, images, segments, splits;
   int64_t rows;  // of grad_output in all segments of all images: what is split
   // Rows narrower than half a stage share it. Slots are as many as there is memory for.
   int pitch, stage_rows, ring;

@@ -160,7 +160,7 @@ class Rows {
     const int run =
         row < longer * (shorter + 1) ? row / (shorter + 1) : (row - longer) / max(1, shorter);
     y = run + (row - run * shorter - min(run, longer)) * step;
-    set_column(g.segments);
+    set_column(g.images);
   }
   __device__ bool done() const { return left_ <= 0; }
   // Whether a run begins.
@@ -172,7 +172,7 @@ class Rows {
     if (y >= min(g.dilation_h, g.out_height)) {
       y = 0;
       ++column_;
-      set_column(g.segments);
+      set_column(g.images);
     }
     return true;
   }
@@ -180,9 +180,12 @@ class Rows {
   int image, x, y;  // x: the segment's first pixel
 
  private:
-  __device__ void set_column(int segments) {
-    image = column_ / segments;
-    x = (column_ - image * segments) * kStagePixels;
+  // A segment's columns, one of each image, follow each other, so that blocks on different segments
+  // read the same rows at the same time: what is fetched at a segment's ends serves both.
+  __device__ void set_column(int images) {
+    const int segment = column_ / images;
+    image = column_ - segment * images;
+    x = segment * kStagePixels;
   }
 
   int column_, left_;
