@@ -198,6 +198,7 @@ class Run {
   Run(const ConvProblem& p, const Operands& operands, const Execution& execution)
       : p_(p),
         operands_(operands),
+        execution_(execution),
         stream_(execution.stream),
         packed_weight_(execution.workspace),
         slices_(slice_count(p, *execution.device)) {
@@ -291,7 +292,7 @@ class Run {
     if (in_place) return;
     if (has_slices)
       return add_weight_parts(p_.weight, static_cast<const float*>(packed_weight_), slices_,
-                              p_.dtype, operands_.weight, stream_);
+                              p_.dtype, operands_.weight, execution_);
     copy(p_.weight, operands_.weight, p_.dtype, packed_weight_shape(), packed_weight_, sum,
          stream_);
   }
@@ -414,6 +415,7 @@ class Run {
 
   const ConvProblem& p_;
   const Operands& operands_;
+  const Execution& execution_;
   void* stream_;
   void* packed_weight_;
   int64_t slices_;

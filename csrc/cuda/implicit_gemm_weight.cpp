@@ -297,7 +297,7 @@ class ImplicitGemmWeight final : public Algorithm {
                            : p.dtype == DType::kFloat16 ? sum_weight_parts_half
                                                         : sum_weight_parts_bfloat16;
     sum_parts(g, plan.tile, products(p), gemm, p.output, execution.stream);
-    add_weight_parts(p.weight, gemm.partial, g.splits, p.dtype, operands.weight, execution.stream);
+    add_weight_parts(p.weight, gemm.partial, g.splits, p.dtype, operands.weight, execution);
   }
 
  private:

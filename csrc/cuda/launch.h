@@ -11,14 +11,14 @@ namespace convops::cuda {
 // Hopper: what later architectures run is compiled from the oldest's PTX (setup.py), and cannot
 // wait.
 template <typename... Parameters, typename... Arguments>
-void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads,
+void launch_early(void (*kernel)(Parameters...), int64_t blocks, dim3 threads,
                   const Execution& execution, const Arguments&... arguments) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(unsigned(threads));
+  config.blockDim = threads;
   config.stream = static_cast<cudaStream_t>(execution.stream);
   config.attrs = &early;
   config.numAttrs = execution.device->compute_capability == 90 ? 1 : 0;

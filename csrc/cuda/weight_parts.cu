@@ -1,4 +1,5 @@
-#include "cuda/check.h"
+#include "cuda/launch.h"
+#include "cuda/ptx/launch.cuh"
 #include "cuda/types.cuh"
 #include "cuda/weight_parts.h"
 #include "integers.h"
@@ -10,11 +11,12 @@ namespace {
 constexpr int kReduceThreads = 256;
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* __restrict__ partial,
-                  int64_t parts, T* __restrict__ result) {
+    reduce_kernel(const __grid_constant__ Tensor4 weight, const float* partial, int64_t parts,
+                  T* __restrict__ result) {
   __shared__ float shared[kReduceThreads];
   const int lane = int(threadIdx.x), lanes = int(blockDim.x), share = int(threadIdx.y);
   const int64_t count = weight.numel(), element = int64_t(blockIdx.x) * lanes + lane;
+  ptx::wait_for_prerequisites();
   float sum = 0;
   if (element < count)
 #pragma unroll 4
@@ -34,17 +36,15 @@ __global__ void __launch_bounds__(kReduceThreads)
 }  // namespace
 
 void add_weight_parts(const Tensor4& weight, const float* partial, int64_t parts, DType dtype,
-                      void* result, void* stream) {
+                      void* result, const Execution& execution) {
   constexpr int kMaxShares = 8, kPartsOfShare = 4;
   unsigned shares = 1;
   while (shares < kMaxShares && shares * kPartsOfShare < parts) shares *= 2;
   const dim3 threads(kReduceThreads / shares, shares);
   dispatch(dtype, [&]<typename T>(T) {
-    reduce_kernel<T>
-        <<<unsigned(ceil_divide(weight.numel(), threads.x)), threads, 0, cudaStream_t(stream)>>>(
-            weight, partial, parts, static_cast<T*>(result));
+    launch_early(reduce_kernel<T>, ceil_divide(weight.numel(), threads.x), threads, execution,
+                 weight, partial, parts, static_cast<T*>(result));
   });
-  CONVOPS_LAUNCH_CHECK("backward-weight's last sum");
 }
 
 }  // namespace convops::cuda
