@@ -266,8 +266,8 @@ Cut cut_problem(const ConvProblem& p, const Device& device, int64_t most_chunks)
   const int64_t lanes = segments == 1 ? strips : kWarp, ranges = kWarp / lanes;
   const int64_t height = p.output.size[2] + W::kOpen - 1, all_lines = p.batch() * height;
   const int64_t slots = int64_t{device.processors} * W::kBlocks;
-  // What a block takes to begin and end, in steps.
-  constexpr double kBlockSteps = 12;
+  // What a block takes to begin and end, in steps, and the kernel that adds the parts of several.
+  constexpr double kBlockSteps = 12, kReductionSteps = 8;
   constexpr int64_t kMostTried = 64;
   // Of a wave's blocks, so many keep memory busy: where there are more, they wait for each other.
   const double busy_share = p.dtype == DType::kFloat32 ? 0.7 : 1;
@@ -286,7 +286,8 @@ Cut cut_problem(const ConvProblem& p, const Device& device, int64_t most_chunks)
     const int64_t blocks = p.out_channels() * tried, waves = ceil_divide(blocks, slots);
     const double share = std::clamp(double(blocks) / double(slots), busy_share, 1.0);
     const double steps =
-        double(waves) * share * (double(lines_of(tried) + W::kOpen - 1) + kBlockSteps);
+        double(waves) * share * (double(lines_of(tried) + W::kOpen - 1) + kBlockSteps) +
+        (tried > 1 ? kReductionSteps : 0);
     if (steps < fewest) {
       fewest = steps;
       chunks = tried;
