@@ -296,22 +296,26 @@ class Depthwise final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted to an H200. Copies into shared memory cost instructions: most for small planes, whose
-    // halos weigh more, and at a stride, where threads read far apart. A block's own time counts
-    // where there are few: its taps, and what half words bring along.
+    // halos weigh more, and where blocks have few threads to share them. At a stride, where threads
+    // read far apart, it is the reads of 16 bytes that cost. A block's own time counts where there
+    // are few: its taps, and what half words bring along.
     constexpr double kBandwidthFraction = 0.8, kFixedFraction = 0.45, kGenericFraction = 0.05;
-    constexpr double kCopiesPerSecond = 4.5e9, kStridedCopiesPerSecond = 1.3e9;  // a multiprocessor
+    constexpr double kCopiesPerSecond = 4.5e9, kStridedReadsPerSecond = 1.3e9;  // a multiprocessor
     constexpr double kLaunchSeconds = 6e-6, kTapSeconds = 60e-9, kHalfWordsSeconds = 1e-6;
     constexpr int64_t kMostTaps = 49;  // of a compiled kernel
     const bool fixed = with_shape(p, nullptr, [](auto) {}, AllShapes{});
     const bool strided = !is_backward(p) && p.stride.w > 1;
     const Tile tile = parameters_of(p, nullptr, nullptr, device.processors).tile;
     double copies = double(tile.count) * tile.planes * tile.window_rows * tile.words;
-    if (tile.copy_words > 1)
+    if (strided)
+      copies /= 4;
+    else if (tile.copy_words > 1)
       copies /= tile.copy_words;
     else  // half words are counted: rows of them begin and end within words
       copies *= 4.0 / double(element_size(p.dtype));
-    const double rate =
-        strided ? kStridedCopiesPerSecond * 4 / double(element_size(p.dtype)) : kCopiesPerSecond;
+    // Half as many threads do two thirds.
+    const double busy = (tile.threads + kMaxThreads / 2) / (1.5 * kMaxThreads);
+    const double rate = (strided ? kStridedReadsPerSecond : kCopiesPerSecond) * busy;
     const double memory = p.bytes() / (device.bandwidth * kBandwidthFraction);
     const double fma =
         p.flops() / (device.fp32_flops * (fixed ? kFixedFraction : kGenericFraction));

@@ -216,7 +216,7 @@ class DepthwiseChannelsLast final : public Algorithm {
       double bandwidth, flops, seconds, seconds_per_tap;
     };
     constexpr Fit kSmallPatches{0.84, 0.2, 3.9e-6, 0.06e-6}, kLargePatches{0.84, 0.5, 6.5e-6, 0},
-        kVectorPixels{0.73, 0.5, 7.8e-6, 0}, kWarpPixels{0.72, 0.5, 5e-6, 0.05e-6},
+        kVectorPixels{0.73, 0.5, 7.8e-6, 0}, kWarpPixels{0.72, 0.5, 5e-6, 0.1e-6},
         kBlockPixels{0.65, 0.45, 5e-6, 0.2e-6}, kWeights{0.65, 0.36, 6e-6, 0.1e-6};
     const auto memory = [&](const Fit& fit) {
       return p.bytes() / (device.bandwidth * fit.bandwidth);
@@ -246,7 +246,7 @@ class DepthwiseChannelsLast final : public Algorithm {
     // Nor do steps before the first result count.
     const Fit& fit = weight ? kWeights : by_warps ? kWarpPixels : kBlockPixels;
     const double steps = by_warps && !weight
-                             ? 1
+                             ? steps_of_a_row(p, device)
                              : 1 + double((p.kernel().h - 1) / p.stride.h) /
                                        double(std::max<int64_t>(1, p.output.size[2]));
     return std::max(memory(fit), arithmetic(fit) * lanes(kWarp) * steps) + fixed(fit);

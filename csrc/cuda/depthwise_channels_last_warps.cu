@@ -160,14 +160,18 @@ __global__ void __launch_bounds__(kTeam* kWarp, kTeams<W>)
   }
 }
 
+template <typename W, typename Lanes>
+Tiling tiling_of(const ConvProblem& p, const Device& device) {
+  const Tensor4& to = p.result();
+  return make_tiling<W>(p, to.size[2], to.size[3], kMaxSide, device,
+                        {Lanes::kChannels, Lanes::kColumns, kTeam, 12, true});
+}
+
 template <typename W, typename T, int kLaneBytes>
 void launch(const ConvProblem& p, const Operands& operands, const Execution& execution) {
   using Lanes = Layout<W, T, kLaneBytes>;
-  const Tensor4& to = p.result();
   const bool backward = Pixels::backward(p);
-  const Shape shape{Lanes::kChannels, Lanes::kColumns, kTeam, 12, true};
-  const Tiling tiling =
-      make_tiling<W>(p, to.size[2], to.size[3], kMaxSide, *execution.device, shape);
+  const Tiling tiling = tiling_of<W, Lanes>(p, *execution.device);
   const int64_t blocks = tiling.count * tiling.channel_tiles;
   if (blocks == 0) return;
   warps_kernel<W, T, kLaneBytes>
@@ -190,6 +194,19 @@ int lane_bytes(const ConvProblem& p) {
   int bytes = widest;
   while (bytes > widest / 4 && 3 * taken(bytes) > 4 * taken(bytes / 2)) bytes /= 2;
   return bytes;
+}
+
+double steps_of_a_row(const ConvProblem& p, const Device& device) {
+  double steps = 1;
+  with_type(p.dtype, [&](auto tag) {
+    const auto f = [&](auto window) {
+      using W = decltype(window);
+      const Tiling tiling = tiling_of<W, Layout<W, decltype(tag), 128>>(p, device);
+      if (tiling.strips > 1) steps += double(W::kLag) / tiling.rows;
+    };
+    with_window(p, f, Large{});
+  });
+  return steps;
 }
 
 void run_pixels_by_warps(const ConvProblem& p, const Operands& operands,

@@ -362,15 +362,16 @@ class DepthwiseLarge final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     // Fitted on an H200. To stage and store an element takes as long as so many FMAs at the peak,
-    // more where it does not go with three others; the products, those with zeros of a core's tiles
+    // more where it does not go with three others, and most where columns are apart, a sector of
+    // memory each, some of which come out of L2; the products, those with zeros of a core's tiles
     // included, reach these shares of it. A block's elements take kElementSeconds each, its
     // threads, where they wait for tensor cores, kThreadSeconds; then the next wave begins.
-    constexpr double kElementFmas = 90, kLoneElementFmas = 220, kFmaShare = 0.7, kMmaShare = 4;
+    constexpr double kElementFmas = 90, kLoneElementFmas = 220, kApartElementFmas = 450;
+    constexpr double kFmaShare = 0.7, kMmaShare = 4;
     constexpr double kElementSeconds = 0.85e-9, kThreadSeconds = 13e-9;
     constexpr int64_t kResidentThreads = 1024;
     constexpr double kLaunchSeconds = 6.7e-6, kHalfLaunchSeconds = 6e-6, kSecondLaunch = 3e-6;
-    // Columns apart: a sector of memory for each element.
-    const double apart = p.input.stride[3] == 1 && p.output.stride[3] == 1 ? 1 : 8;
+    const bool apart = p.input.stride[3] != 1 || p.output.stride[3] != 1;
     const bool tensor_cores = p.dtype != DType::kFloat32;
     const bool sum = p.direction == Direction::kBackwardWeight;
     const double results = double(sum ? p.kernel().w : p.result().size[3]);
@@ -383,7 +384,9 @@ class DepthwiseLarge final : public Algorithm {
     const bool in_fours = plane % 4 == 0 && (sum || cut.tiles == 1);
     const double elements = p.bytes() / double(element_size(p.dtype));
     const double fmas = p.flops() / 2 * columns * taps / (tensor_cores ? kMmaShare : kFmaShare) +
-                        elements * (in_fours ? kElementFmas : kLoneElementFmas) * apart;
+                        elements * (apart      ? kApartElementFmas
+                                    : in_fours ? kElementFmas
+                                               : kLoneElementFmas);
     const double of_a_block = elements / double(std::max<int64_t>(1, cut.blocks()));
     const int64_t resident =
         device.processors * (kResidentThreads / std::max<int64_t>(kWarp, cut.threads));

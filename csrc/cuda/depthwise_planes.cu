@@ -341,10 +341,14 @@ class DepthwisePlanes final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // Fitted to an H200. Copies, sums and stores of a block follow one another: their times add up.
-    constexpr double kBandwidthFraction = 0.8, kFlopsFraction = 0.7, kLaunchSeconds = 5.1e-6;
+    // Fitted to an H200. Copies, sums and stores of a block follow one another: their times add up,
+    // and so does what comes before the first sum, all of a plane and the code of the taps.
+    constexpr double kBandwidthFraction = 0.8, kFlopsFraction = 0.7, kLaunchSeconds = 5.2e-6;
+    constexpr double kTapSeconds = 28e-9, kElementSeconds = 0.35e-9;
+    const double plane = double(source(p).size[2] * source(p).size[3]);
     return p.bytes() / (device.bandwidth * kBandwidthFraction) +
-           p.flops() / (device.fp32_flops * kFlopsFraction) + kLaunchSeconds;
+           p.flops() / (device.fp32_flops * kFlopsFraction) + kLaunchSeconds +
+           double(p.taps()) * kTapSeconds + plane * kElementSeconds;
   }
 
   WorkspaceRange workspace(const ConvProblem&, const Device&) const override { return {0, 0}; }

@@ -299,7 +299,10 @@ class DepthwiseStrips final : public Algorithm {
     constexpr double kBandwidthFraction = 0.65, kAcrossBandwidthFraction = 0.55;
     constexpr double kFlopsFraction = 0.134, kSlower = 1.7;
     constexpr double kHalfIssueFlops = 39, kHalfProductFlops = 12;
-    constexpr double kLoadSeconds = 8.7e-9, kHalfLoadSeconds = 50e-9, kLaunchSeconds = 4.8e-6;
+    constexpr double kLoadSeconds = 8.7e-9, kHalfLoadSeconds = 50e-9, kLaunchSeconds = 5e-6;
+    // A tap's weight and code, before the first product; of channels side by side, weights are
+    // apart.
+    constexpr double kTapSeconds = 12e-9, kAcrossTapSeconds = 45e-9;
     const bool half = element_size(p.dtype) == 2;
     const bool across = channels_dense(p.input);
     const double share = across ? kAcrossBandwidthFraction : kBandwidthFraction;
@@ -318,8 +321,11 @@ class DepthwiseStrips final : public Algorithm {
     const double each = kHalfIssueFlops + double(p.kernel().h) * kHalfProductFlops;
     if (p.dtype == DType::kFloat64) slower *= kSlower;
     const double work = slower * (half ? columns * loads * each : p.flops() / kFlopsFraction);
-    return kLaunchSeconds + chain +
-           std::max(work / device.fp32_flops, p.bytes() / (device.bandwidth * share));
+    // Where a plane ends within strips.
+    const double idle = double(strips * kRows) / double(std::max<int64_t>(1, result.size[2]));
+    const double start = double(p.taps()) * (across ? kAcrossTapSeconds : kTapSeconds);
+    return kLaunchSeconds + start + chain +
+           std::max(work / device.fp32_flops, p.bytes() * idle / (device.bandwidth * share));
   }
 
   WorkspaceRange workspace(const ConvProblem&, const Device&) const override { return {0, 0}; }

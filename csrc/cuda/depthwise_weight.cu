@@ -315,16 +315,15 @@ class DepthwiseWeight final : public Algorithm {
     constexpr double kStartSeconds = 6.5e-6, kTapSeconds = 50e-9, kHalfSeconds = 1.2e-6;
     constexpr double kReductionSeconds = 2e-6;
     // Rows are not copied, nor converted beforehand.
-    constexpr double kRowsStartSeconds = 4e-6;
+    constexpr double kRowsStartSeconds = 5e-6;
     const bool rows = takes_rows(p, device);
     const bool fixed =
         with_sums(Window(p), [](auto tag) { return decltype(tag)::Sums::kFixed; }, AllSums{});
     const bool half = p.dtype != DType::kFloat32;
     const bool reduces = workspace(p, device).wanted > 0;
     double start = reduces ? kReductionSeconds : 0;
-    start += rows ? kRowsStartSeconds
-                  : kStartSeconds + double(p.kernel().h * p.kernel().w) * kTapSeconds +
-                        (half ? kHalfSeconds : 0);
+    start += double(p.kernel().h * p.kernel().w) * kTapSeconds +
+             (rows ? kRowsStartSeconds : kStartSeconds + (half ? kHalfSeconds : 0));
     double element = kElementFmas + (half && !rows ? kHalfFmas : 0);
     if (p.padding.w > 0 && !rows) element += Window(p).even_rows && !half ? kEvenFmas : kPaddedFmas;
     const double elements = double(p.input.numel()) + double(p.output.numel());
