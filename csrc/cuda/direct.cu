@@ -428,18 +428,21 @@ class Direct final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    // Fitted to an H200 (15% root mean square on the layers of five networks): what a block's step
-    // along k takes of its multiprocessor, and alone, waiting; float64 runs at half rate.
+    // Fitted to an H200 (15% root mean square on the layers of five networks): a block's step along
+    // k, waiting, and what every further block of a multiprocessor adds to it; float64 runs at half
+    // rate.
     constexpr double kStepSeconds = 1.5e-6, kThinForwardStepSeconds = 1.1e-6;
-    constexpr double kWaitSeconds = 2e-6, kWeightWaitSeconds = 4e-6, kLaunchSeconds = 4e-6;
-    const bool weight = p.direction == Direction::kBackwardWeight;
+    constexpr double kForwardWaitSeconds = 2.2e-6, kBackwardWaitSeconds = 3e-6;
+    constexpr double kWeightWaitSeconds = 6e-6, kLaunchSeconds = 4e-6;
+    const bool forward = p.direction == Direction::kForward;
+    const double wait = forward                                    ? kForwardWaitSeconds
+                        : p.direction == Direction::kBackwardInput ? kBackwardWaitSeconds
+                                                                   : kWeightWaitSeconds;
     const Steps work = steps_of(p, device);
-    double step =
-        p.direction == Direction::kForward && is_thin(p) ? kThinForwardStepSeconds : kStepSeconds;
+    double step = forward && is_thin(p) ? kThinForwardStepSeconds : kStepSeconds;
     if (p.dtype == DType::kFloat64) step *= 2;
-    return work.of_a_block * (work.blocks * step / device.processors +
-                              (weight ? kWeightWaitSeconds : kWaitSeconds)) +
-           kLaunchSeconds;
+    const double others = std::max(0.0, work.blocks / device.processors - 1);
+    return work.of_a_block * (wait + others * step) + kLaunchSeconds;
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {

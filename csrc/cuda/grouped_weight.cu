@@ -294,6 +294,7 @@ class GroupedWeight final : public Algorithm {
     // Operations that plain fp32 does while a job does a row of 8 pixels; measured on an H200.
     constexpr double kPointwise = 8e3, kStride2 = 22e3, kIeee = 14e3, kTf32 = 12e3;
     constexpr double kBandwidthFraction = 0.6, kLaunchSeconds = 11e-6;
+    constexpr double kWeightSeconds = 30e-12;  // to store and to add a weight's parts
     const Tiling t(p);
     const double rows = double(t.items) * kRows * t.columns * t.strips;
     const double jobs = double(t.packs) * t.jobs() * t.blocks * t.out_blocks;
@@ -303,7 +304,7 @@ class GroupedWeight final : public Algorithm {
                                                           : kTf32;
     return std::max(p.bytes() / (device.bandwidth * kBandwidthFraction),
                     rows * jobs * each / device.fp32_flops) +
-           kLaunchSeconds;
+           double(p.weight.numel()) * kWeightSeconds + kLaunchSeconds;
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {

@@ -49,10 +49,17 @@ constexpr double kWeightShare = 0.75;
 constexpr double kTilePixels = 128;
 // What copying the columns takes, in trips of theirs through memory besides the product's: more
 // where a stride gathers from many sectors, at most from one for each element; with a stride
-// col2im's loads are far apart, too.
+// col2im's loads are far apart, too, which costs half where the columns stay in L2.
 constexpr double kIm2colPasses = 1, kPassesPerStride = 0.17, kMostPasses = 6, kCol2imPasses = 5.5;
+constexpr double kCachedShare = 0.5, kCachedBytes = 16 << 20;
 constexpr double kPackingPasses = 2;
 constexpr double kLaunchSeconds = 3.4e-6;
+// Where groups are products of their own: a call, at least; a multiprocessor's tile of 64 pixels of
+// an image and group and as many rows, to begin and for each term of its short sums; and each pixel
+// that one multiprocessor sums by FMA of tensors whose pixels are apart.
+constexpr double kCallSeconds = 1e-6, kGroupTileSeconds = 0.7e-6, kGroupTermSeconds = 11e-9;
+constexpr double kApartPixelSeconds = 33e-9;
+constexpr int64_t kGroupTile = 64;
 
 int64_t aligned(int64_t bytes) { return round_up(bytes, kAlignment); }
 
@@ -191,6 +198,21 @@ int64_t fixed_bytes(const ConvProblem& p, int64_t slices) {
 int64_t minimum_rows(const ConvProblem& p) {
   if (p.direction != Direction::kBackwardInput) return 1;
   return std::min(p.output_size().h, (p.kernel().h - 1) * p.dilation.h / p.stride.h + 1);
+}
+
+// Of the products of groups, however few operations they are.
+double seconds_of_groups(const ConvProblem& p, const Device& device) {
+  const double pixels = double(p.batch()) * double(p.output_pixels());
+  if (p.direction == Direction::kBackwardWeight) {
+    const bool fma = p.dtype == DType::kFloat32 && p.precision == Precision::kIeee;
+    return fma && pixel_stride(p.output) != 1 ? pixels * kApartPixelSeconds : 0;
+  }
+  int64_t rows = p.group_out_channels(), terms = p.taps();
+  if (p.direction == Direction::kBackwardInput) std::swap(rows, terms);
+  const int64_t tiles = p.groups * p.batch() * ceil_divide(p.output_pixels(), kGroupTile) *
+                        ceil_divide(rows, kGroupTile);
+  return std::max(1.0, double(tiles) / device.processors) *
+         (kGroupTileSeconds + double(terms) * kGroupTermSeconds);
 }
 
 class Run {
@@ -461,11 +483,15 @@ class Im2colGemm final : public Algorithm {
                                                 : double(p.groups * p.taps()) * double(p.batch()) *
                                                       double(p.output_pixels()) *
                                                       double(element_size(columns_dtype(p)));
+    if (p.direction == Direction::kBackwardInput && column_bytes <= kCachedBytes)
+      passes *= kCachedShare;
     const double chunks = skips_im2col(p) ? 0 : std::max(1.0, column_bytes / kChunkBytes);
     // Where neither groups nor images merge into one call, the fewer of them are calls of their
     // own.
-    const double calls = p.groups == 1 ? 1.0 : double(std::min(p.groups, p.batch()));
-    const double multiply = p.flops() * tiles / rate;
+    const int64_t calls = std::min(p.groups, p.batch());
+    const double multiply = std::max(
+        p.flops() * tiles / rate,
+        p.groups == 1 ? 0 : std::max(double(calls) * kCallSeconds, seconds_of_groups(p, device)));
     const double bandwidth = device.bandwidth * kBandwidthShare;
     const double written = double(p.result().numel()) * double(element_size(p.dtype));
     // Packed outputs are written and read once more.
@@ -475,7 +501,7 @@ class Im2colGemm final : public Algorithm {
     const double memory =
         (p.bytes() + kWrites * written + column_bytes + packed) / (bandwidth * share);
     return std::max(multiply, memory) + passes * column_bytes / bandwidth +
-           (2 + 2 * chunks + calls + (packs ? chunks : 0)) * kLaunchSeconds;
+           (2 + 2 * chunks + (packs ? chunks : 0) + packs_weight(p)) * kLaunchSeconds;
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {
