@@ -345,6 +345,8 @@ DEPTHWISE_TILES = [
     Problem("depthwise_7x7_s2", 2, 3, 30, 33, 3, (7, 7), (2, 2), (3, 3), groups=3),
     Problem("wide_s2", 1, 2, 31, 1301, 2, (3, 3), (2, 2), (1, 1), groups=2),
     Problem("padded_past_s2", 2, 3, 20, 21, 3, (5, 5), (2, 2), (3, 4), groups=3),
+    Problem("padded_by_3_and_1_s2", 2, 3, 20, 24, 3, (3, 3), (2, 2), (3, 1), groups=3),
+    Problem("padded_by_1_and_2_s2", 2, 3, 21, 24, 3, (3, 3), (2, 2), (1, 2), groups=3),
     Problem(
         "depthwise_dilated", 2, 6, 40, 37, 6, (3, 3), padding=(4, 4), dilation=(4, 4), groups=6
     ),

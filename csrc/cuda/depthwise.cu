@@ -30,14 +30,14 @@ constexpr int kBlocksPerProcessor = 8;
 
 template <typename... Shapes>
 struct ShapeList {};
-// The kernels that are compiled; where a window of aligned copies is known at compile time (padding
-// that keeps the size), it comes first.
+// The kernels that are compiled; where a window of aligned copies or the phase of cells is known at
+// compile time (padding that keeps the size), it comes first.
 using AllShapes =
     ShapeList<Shape<3, 3, 1, false, 3>, Shape<5, 5, 1, false, 2>, Shape<7, 7, 1, false, 1>,
               Shape<3, 3, 2, false, 3>, Shape<5, 5, 2, false, 2>, Shape<3, 3, 1>, Shape<5, 5, 1>,
               Shape<7, 7, 1>, Shape<3, 1, 1>, Shape<1, 3, 1>, Shape<3, 7, 1>, Shape<7, 3, 1>,
-              Shape<3, 3, 2>, Shape<5, 5, 2>, Shape<7, 7, 2>, Shape<3, 3, 2, true>,
-              Shape<5, 5, 2, true>, Shape<7, 7, 2, true>>;
+              Shape<3, 3, 2>, Shape<5, 5, 2>, Shape<7, 7, 2>, Shape<3, 3, 2, true, -1, 1>,
+              Shape<3, 3, 2, true>, Shape<5, 5, 2, true>, Shape<7, 7, 2, true>>;
 
 bool is_backward(const ConvProblem& p) { return p.direction == Direction::kBackwardInput; }
 const Tensor4& source(const ConvProblem& p) { return is_backward(p) ? p.output : p.input; }
@@ -66,7 +66,9 @@ bool with_shape(const ConvProblem& p, const void* from, F&& f, ShapeList<Shapes.
     return kernel.h == shape.kH && kernel.w == shape.kW && p.stride.h == shape.kStride &&
            p.stride.w == shape.kStride &&
            shape.kTransposed == (is_backward(p) && shape.kStride > 1) &&
-           (!shape.kAligned || (aligned && shape.kShift == shift));
+           (!shape.kAligned || (aligned && shape.kShift == shift)) &&
+           (shape.kPhase == 0 || (p.padding.h % shape.kStride == shape.kPhase &&
+                                  p.padding.w % shape.kStride == shape.kPhase));
   };
   return ((matches(Shapes{}) && (f(Shapes{}), true)) || ...);
 }
@@ -193,22 +195,25 @@ Parameters fixed_parameters(const ConvProblem& p, const void* from, const void* 
     tile.window_h = int(p.padding.h) - (Shape::kH - 1);
     tile.window_w = int(p.padding.w) - (Shape::kW - 1);
   } else if (Shape::kTransposed) {
-    tile.first_h = -int(p.padding.h % Shape::kStride);
-    tile.first_w = -int(p.padding.w % Shape::kStride);
-    tile.window_h = int(p.padding.h) / Shape::kStride - Shape::kHaloRows;
-    tile.window_w = int(p.padding.w) / Shape::kStride - Shape::kHaloColumns;
+    tile.first_h = Shape::kPhase - int(p.padding.h % Shape::kStride);
+    tile.first_w = Shape::kPhase - int(p.padding.w % Shape::kStride);
+    tile.window_h = int(p.padding.h) / Shape::kStride - Shape::before(Shape::kH);
+    tile.window_w = int(p.padding.w) / Shape::kStride - Shape::before(Shape::kW);
   } else {
     tile.window_h = -int(p.padding.h);
     tile.window_w = -int(p.padding.w);
   }
   tile.window_w -= Shape::kShift;
-  tile.copy_words = words_at_once(p, from, tile.window_w, Shape::kColumnStep);
+  const int columns = int(result.to.size[3]) - tile.first_w;
+  // A tile as wide as the result has none beside it, whose window would begin a step further.
+  const bool whole = Shape::kTransposed && columns <= kMaxThreads * Shape::kColumns;
+  tile.copy_words = words_at_once(p, from, tile.window_w, whole ? 0 : Shape::kColumnStep);
   const auto results_aligned = [&](int columns) {
     return tile.first_w == 0 && rows_aligned(p, p.result(), to, columns);
   };
-  tile.store = results_aligned(4)   ? Store::kFours
-               : results_aligned(2) ? Store::kPairs
-                                    : Store::kRow;
+  tile.store = results_aligned(4)                         ? Store::kFours
+               : results_aligned(2) && Shape::kPhase == 0 ? Store::kPairs
+                                                          : Store::kRow;
   const Geometry geometry{.thread_rows = Shape::kRows,
                           .thread_columns = Shape::kColumns,
                           .row_step = Shape::kRowStep,
@@ -220,7 +225,7 @@ Parameters fixed_parameters(const ConvProblem& p, const void* from, const void* 
                           .read_words = element_size(p.dtype) == 4 ? kWindowWords<Shape, float>
                                                                    : kWindowWords<Shape, __half>,
                           .rows = int(result.to.size[2]) - tile.first_h,
-                          .columns = int(result.to.size[3]) - tile.first_w};
+                          .columns = columns};
   result.tile = make_tile(p, tile, geometry, result.planes, processors);
   return result;
 }

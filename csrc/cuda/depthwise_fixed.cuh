@@ -13,13 +13,17 @@ namespace convops::cuda::depthwise {
 // kTransposed: backward-input of a stride. Its results are taken in cells of kStride × kStride:
 // with a = h + padding, cell a / kStride, result a of a cell meets the taps kh = a mod kStride
 // only. kShift_: the window begins so many columns before the first that is needed, where copies of
-// four elements are aligned; -1 where it begins with it.
-template <int kH_, int kW_, int kStride_, bool kTransposed_ = false, int kShift_ = -1>
+// four elements are aligned; -1 where it begins with it. kPhase_: what the padding leaves when it
+// is divided by the stride; cells begin with the first result then, whose rows are stored as
+// vectors. With 0 for any padding they begin with a = 0, up to kStride - 1 places before it.
+template <int kH_, int kW_, int kStride_, bool kTransposed_ = false, int kShift_ = -1,
+          int kPhase_ = 0>
 struct Shape {
   static constexpr int kH = kH_, kW = kW_, kStride = kStride_;
   static constexpr bool kTransposed = kTransposed_;
   static constexpr bool kAligned = kShift_ >= 0;
   static constexpr int kShift = kAligned ? kShift_ : 0;
+  static constexpr int kPhase = kPhase_;
   static constexpr int kTaps = kH * kW;
   static constexpr int kTapsInShared = (kTaps + 3) / 4 * 4;
   // Sides of images are multiples of 7 as a rule; cells need an even number. At a stride the
@@ -39,10 +43,12 @@ struct Shape {
   // Elements that can be read at once, whatever the thread.
   static constexpr int kChunk = kColumnStep < 4 ? kColumnStep : 4;
 
-  // The tap with which element `from` of a window enters result `to`; none if not below k.
-  static __host__ __device__ constexpr unsigned tap(int from, int to, int halo) {
+  // Of kTransposed: elements of a window before the one that a cell's first tap meets.
+  static __host__ __device__ constexpr int before(int k) { return (k - 1 - kPhase) / kStride; }
+  // The tap, of k, with which element `from` of a window enters result `to`; none if not below k.
+  static __host__ __device__ constexpr unsigned tap(int from, int to, int k) {
     if (!kTransposed) return unsigned(from - to * kStride);
-    return unsigned(to + kStride * (halo - from));
+    return unsigned(to + kPhase + kStride * (before(k) - from));
   }
 };
 
@@ -105,13 +111,13 @@ __device__ __forceinline__ void add_products(const uint32_t* window, int pitch, 
     read_window<Shape, T>(window + h * pitch, shift ^ (h & shift_step), values);
 #pragma unroll
     for (int row = 0; row < Shape::kRows; ++row) {
-      const unsigned kh = Shape::tap(h, row, Shape::kHaloRows);
+      const unsigned kh = Shape::tap(h, row, Shape::kH);
       if (kh >= Shape::kH) continue;
 #pragma unroll
       for (int w = 0; w < Shape::kWindowColumns; ++w)
 #pragma unroll
         for (int column = 0; column < Shape::kColumns; ++column) {
-          const unsigned kw = Shape::tap(w, column, Shape::kHaloColumns);
+          const unsigned kw = Shape::tap(w, column, Shape::kW);
           if (kw < Shape::kW) sums[row][column] += weight[kh * Shape::kW + kw] * values[w];
         }
     }
