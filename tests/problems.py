@@ -328,6 +328,21 @@ CHANNELS_LAST = [
     Problem("channels_7x7_strips", 1, 96, 56, 56, 96, (7, 7), padding=(3, 3), groups=96),
 ]
 
+# The same of dense convolutions: cells of 16, 32 and 64 channels and what is past them, rows of the
+# weight in whole and partial boxes, groups that boxes of 64, 32 and 16 channels divide and that
+# they do not, classes of a stride, tiles of several rows and images.
+DENSE_CHANNELS_LAST = [
+    Problem("cells_3x3", 3, 24, 11, 23, 40, (3, 3), padding=(1, 1), bias=True),
+    Problem("cells_3x3_s2", 2, 64, 17, 33, 130, (3, 3), (2, 2), (1, 1), bias=True),
+    Problem("cells_of_64", 1, 128, 7, 30, 136, (3, 3), padding=(0, 2)),
+    Problem("cells_1x1", 5, 48, 7, 7, 96, (1, 1), bias=True),
+    Problem("cells_1x1_s2", 2, 32, 19, 23, 200, (1, 1), (2, 2)),
+    Problem("cells_dilated", 2, 80, 15, 17, 64, (3, 3), padding=(2, 3), dilation=(2, 3)),
+    Problem("cells_3_groups", 1, 192, 11, 50, 96, (5, 1), padding=(2, 0), groups=3, bias=True),
+    Problem("cells_4_groups", 2, 64, 14, 15, 64, (3, 3), padding=(1, 1), groups=4),
+    Problem("cells_2_groups", 1, 48, 10, 11, 256, (3, 3), padding=(1, 1), groups=2),
+]
+
 # The ways of the depthwise kernels: windows copied by one, two and four words, results stored by
 # fours, pairs and through shared memory (of several planes, of whole rows, of parts of rows).
 DEPTHWISE_TILES = [
@@ -403,6 +418,7 @@ PROBLEMS: dict[str, Problem] = {
             *DEPTHWISE_TILES,
             *LARGE_KERNELS,
             *CHANNELS_LAST,
+            *DENSE_CHANNELS_LAST,
             *FEW_A_GROUP,
             *HUGE,
         ),

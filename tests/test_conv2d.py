@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from problems import CHANNELS_LAST, HUGE, ODD, SEEDS, SMALL, Problem
+from problems import CHANNELS_LAST, DENSE_CHANNELS_LAST, HUGE, ODD, SEEDS, SMALL, Problem
 from reference import DTYPES, LAYOUTS, assert_close
 from torch import Tensor
 
@@ -153,7 +153,7 @@ def test_every_layout(layouts: tuple[str, str, str], direction: str, device: str
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
-@pytest.mark.parametrize("problem", CHANNELS_LAST, ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", CHANNELS_LAST + DENSE_CHANNELS_LAST, ids=lambda p: p.name)
 def test_channels_last(
     problem: Problem, sliced: bool, dtype: torch.dtype, direction: str, device: str
 ) -> None:
@@ -164,7 +164,7 @@ def test_channels_last(
         if not sliced:
             return tensor.contiguous(memory_format=torch.channels_last)
         whole = torch.cat([tensor[:, :1], tensor, tensor], dim=1)
-        return whole.contiguous(memory_format=torch.channels_last)[:, 1 : 1 + problem.c]
+        return whole.contiguous(memory_format=torch.channels_last)[:, 1 : 1 + tensor.shape[1]]
 
     tensors = (dense_channels(x), w, bias, dense_channels(grad_output))
     expected = expect(problem, direction, tensors)

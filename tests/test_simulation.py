@@ -147,6 +147,7 @@ LEAST = {
     **{"result_moved": 15, "float16": 200, "bfloat16": 200, "special": 70},
     **{"halves_128": 80, "halves_192": 80, "halves_224": 80, "halves_256": 80},
     **{"halves_bulk": 120, "halves_by_cells": 200, "halves_boxed": 80, "halves_octets_apart": 5},
+    **{"halves_direct": 15, "four_consumers": 80},
 }
 THEMES = {
     "any": {"apart": 8},
@@ -154,7 +155,8 @@ THEMES = {
     "boxes": {"boxed_snug": 6},
     "rows": {"cut_rows": 30, "boxed": 15},
     "kinds": {"source_kinds": 8, "overlap": 12, "halves_octets_apart": 3},
-    "last": {"halves_by_octets": 70, "halves_across": 6},
+    "last": {"halves_by_octets": 70, "halves_direct": 10, "halves_across": 15},
+    "joined": {"halves_octets_apart": 10, "halves_boxed": 2},
     "images": {"lines_joined": 6, "lines_joined_straddling": 2, "straddling": 15},
 }
 

@@ -61,23 +61,25 @@ class ImplicitGemm final : public Algorithm {
         {},
         {},
     };
+    GemmProblem problem = plan->problem;
     GemmTile tile = plan->tile;
-    if (tile.bulk && reinterpret_cast<uintptr_t>(gemm.source) % kBulkAlignment != 0)
-      copy_by_cells(plan->problem, tile);
-    tile.by_octets &= reinterpret_cast<uintptr_t>(gemm.source) % kBulkAlignment == 0;
+    if (reinterpret_cast<uintptr_t>(gemm.source) % kBulkAlignment != 0)
+      copy_by_elements(problem, tile);
     const auto result_address = reinterpret_cast<uintptr_t>(gemm.result);
     tile.across &= result_address % kBulkAlignment == 0;
-    tile.paired &= result_address % (2 * plan->problem.element_bytes) == 0;
+    tile.paired &= result_address % (2 * problem.element_bytes) == 0;
     if (tile.boxed && result_address % kBulkAlignment != 0) store_lines(tile);
-    if (tile.bulk) make_source_maps(plan->problem, tile, gemm.source, gemm.source_maps);
-    if (tile.boxed) make_result_maps(plan->problem, tile, gemm.result, gemm.result_maps);
+    if (tile.bulk) make_source_maps(problem, tile, gemm.source, gemm.source_maps);
+    if (tile.direct) make_cell_maps(problem, tile, gemm.source, gemm.source_maps);
+    if (tile.across) gemm.result_maps[0] = make_result_cells_map(problem, tile, gemm.result);
+    if (tile.boxed) make_result_maps(problem, tile, gemm.result, gemm.result_maps);
     const int processors = execution.device->processors;
-    pack_weights(plan->problem, tile, gemm, execution.stream);
+    pack_weights(problem, tile, gemm, execution.stream);
     const auto multiply = p.dtype == DType::kFloat32   ? multiply_float
                           : p.dtype == DType::kFloat16 ? multiply_half
                                                        : multiply_bfloat16;
-    multiply(plan->problem, tile, gemm, processors, execution.stream);
-    recompute_bad_jobs(plan->problem, tile, gemm, processors, execution.stream);
+    multiply(problem, tile, gemm, processors, execution.stream);
+    recompute_bad_jobs(problem, tile, gemm, processors, execution.stream);
   }
 
  private:

@@ -32,14 +32,28 @@ inline constexpr int kStepOctets = 2;  // that an instruction sums over, at a ta
 inline constexpr int kMaxTaps = 1024;  // in all lists together; they travel as kernel parameters
 inline constexpr int kMaxClasses = 16;
 inline constexpr int kMaxStageSums = 64;  // channels of the sum in a stage
+// Of a cell of 16 bits in a block of the sum. Where a stage has whole cells, theirs are 1, 2 or 4
+// blocks, swizzled: shared memory is a multiple of what that repeats in.
+inline constexpr int kBlockBytes = kStepOctets * kOctet * 2;
+inline constexpr int kSwizzleBytes = 1024;
 
-// Cells a warpgroup multiplies at once: the instruction's N. There is a kernel for each. Sums of 16
-// bits are not promoted, which leaves registers for more of them.
-inline constexpr int kFloatColumns[] = {96, 128, 152, 160};
-inline constexpr int kHalfColumns[] = {128, 192, 224, 256};
-constexpr std::span<const int> gemm_columns(int element_bytes) {
-  if (element_bytes == 4) return kFloatColumns;
-  return kHalfColumns;
+// Cells a warpgroup multiplies at once, the instruction's N, and warpgroups that do. There is a
+// kernel for each. Sums of 16 bits are not promoted, which leaves registers for more of them, or
+// for more warpgroups: they store in less time, as that is bound by latency.
+struct GemmShape {
+  int columns, consumers;
+};
+inline constexpr int kConsumers = 2, kMostConsumers = 4;
+inline constexpr GemmShape kFloatShapes[] = {
+    {96, kConsumers}, {128, kConsumers}, {152, kConsumers}, {160, kConsumers}};
+inline constexpr GemmShape kHalfShapes[] = {{128, kConsumers},
+                                            {128, kMostConsumers},
+                                            {192, kConsumers},
+                                            {224, kConsumers},
+                                            {256, kConsumers}};
+constexpr std::span<const GemmShape> gemm_shapes(int element_bytes) {
+  if (element_bytes == 4) return kFloatShapes;
+  return kHalfShapes;
 }
 // What the consumers need no registers for is the converters': up to kFewColumns there are more of
 // them, above kRoomyColumns each has fewer registers.
@@ -55,13 +69,12 @@ constexpr int promoted_steps(int products) { return products == 3 ? 6 : 128; }
 // Sums of 16 bits are not: of so many products they still are far better than their rounding.
 inline constexpr int kMostHalfProducts = 1 << 14;
 
-inline constexpr int kConsumers = 2;  // warpgroups that multiply
 // Converters are in groups, which take stages by turns: what one waits for, the other does not.
 // There is one warp each that streams weights and loads sources.
 inline constexpr int kConverterGroups = 2;
 inline constexpr int kMostConverterThreads = 5 * 32;  // of a group
-constexpr int gemm_converter_threads(int element_bytes, int columns) {
-  if (element_bytes == 2) return columns > kFewHalves ? 32 : 3 * 32;
+constexpr int gemm_converter_threads(int element_bytes, int columns, int consumers) {
+  if (element_bytes == 2) return columns > kFewHalves || consumers > kConsumers ? 32 : 3 * 32;
   return columns > kFewColumns ? 3 * 32 : kMostConverterThreads;
 }
 inline constexpr int kMaxSharedMemory = 227 * 1024;  // a block of sm_90
@@ -83,8 +96,6 @@ inline constexpr int kMaxRawStages = 4, kMaxSourceStages = 3, kMaxWeightStages =
 
 // Elements between staged rows: an odd multiple of 8, against bank conflicts.
 constexpr int gemm_stage_pitch(int columns) { return columns / 16 * 16 + 24; }
-// Bytes from an octet of channels to the next where results leave by cells, against bank conflicts.
-constexpr int gemm_across_pitch(int columns) { return columns * 16 + 64; }
 
 // One spatial axis of the problem on cells.
 struct GemmAxis {
@@ -217,6 +228,7 @@ CONVOPS_HOST_DEVICE inline GemmSum gemm_sum(const GemmProblem& g, int sum_class,
 struct GemmTile {
   int row_tile;   // rows of the weight: 128 (64 a warpgroup), or 64, the warpgroups sharing them
   int columns;    // cells a warpgroup multiplies at once: the N of the instruction
+  int consumers;  // warpgroups that do so
   int pitch;      // cells between rows of a tile
   int height;     // rows of a warpgroup's part of a tile
   int tile_rows;  // rows of the whole tile
@@ -233,7 +245,9 @@ struct GemmTile {
   // are neighbours in memory, many at a time, 2^woven_log horizontal phases woven together.
   bool neighbours;
   int woven_log;
-  bool across;  // or by cells, of 16 bits whose channels are neighbours (channels_last)
+  // Or by cells, of 16 bits whose channels are neighbours (channels_last), in boxes of so many.
+  bool across;
+  int cell_rows;
   // Results by which neighbouring tiles overlap, less than a sector of memory: each row's border is
   // put where a sector begins. All rows begin at multiples of a sector less the overlap.
   int overlap;
@@ -260,6 +274,7 @@ struct GemmTile {
   // begin, and every kind has its map and its box), or cell by cell, as they lie in the tile.
   bool bulk;
   bool by_octets;  // or, where channels of 16 bits are neighbours, by octets of a cell
+  bool direct;     // or as boxes of whole cells, as they are multiplied (kBlockBytes)
   int run;         // of patches, neighbours that are read at once; 0 where a cell is one element
   int source_kinds_log;
   int raw_channels;          // of a stage: channels in bulk copies, else channels in a phase
@@ -273,6 +288,7 @@ struct GemmTile {
   // In shared memory: cells from an octet to the next, of a block's high parts or of its low ones,
   // and of a stage.
   int plane, part, stage_cells;
+  uint32_t operand_layout;  // the upper word of wgmma's descriptors of operands there
   int raw_stages, source_stages, weight_stages;
   int weight_stage_bytes;
   // Of the weights, where all that a block ever needs stay in shared memory; 0 where they pass
@@ -280,6 +296,9 @@ struct GemmTile {
   int resident_bytes;
   Divisor by_max_lanes;  // threads of such a group
   Divisor by_units, by_row_blocks, by_row_classes, by_tiles_w, by_image_rows, by_pitch, by_runs;
+
+  // From a cell to the next in the source ring, in units of 16 bytes.
+  CONVOPS_HOST_DEVICE int cell_octets() const { return direct ? depth * kStepOctets : 1; }
 
   // Results from a place in the tensor to where tiles may meet next: the border of a sector. To
   // write a part of one costs as much as several whole ones.
@@ -336,9 +355,12 @@ struct GemmSharedMemory {
     raw = weights +
           (t.resident_bytes > 0 ? t.resident_bytes : t.weight_stages * t.weight_stage_bytes);
     sources = raw + t.raw_stages * t.raw_bytes;
-    staged = (sources + t.source_stages * t.stage_cells * kOctet * 2 + 127) / 128 * 128;
+    if (t.direct) sources = (sources + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+    const int alignment = t.across ? kSwizzleBytes : 128;
+    staged = (sources + t.source_stages * t.stage_cells * kOctet * 2 + alignment - 1) / alignment *
+             alignment;
     const int halves = t.staged_halves * t.staged_bytes;
-    bytes = staged + kConsumers * 4 * (halves > t.line_bytes ? halves : t.line_bytes);
+    bytes = staged + t.consumers * 4 * (halves > t.line_bytes ? halves : t.line_bytes);
   }
 };
 
@@ -384,17 +406,24 @@ double estimate_gemm(const GemmProblem& gemm, const GemmTile& tile, const Device
                      double bytes);
 // Whether octets of a tensor's channels are 16 aligned bytes.
 bool has_octets(const GemmProblem& gemm, const Tensor4& tensor);
-// Gives up bulk copies, for a source whose address they cannot take.
+// Gives up bulk copies, or all but those of an element, for a source whose address they cannot
+// take.
 void copy_by_cells(const GemmProblem& gemm, GemmTile& tile);
+void copy_by_elements(GemmProblem& gemm, GemmTile& tile);
 // Gives up boxes, for a result whose address they cannot take.
 void store_lines(GemmTile& tile);
 // Whether the source can be read by bulk copies, its kinds of rows, and the copies' descriptions.
 bool can_copy_bulk(const GemmProblem& gemm);
+// The same as boxes of whole cells, where channels are neighbours: a map for each class of the sum.
+bool can_copy_direct(const GemmProblem& gemm);
 int source_kinds(const GemmProblem& gemm);
 void make_source_maps(const GemmProblem& gemm, const GemmTile& tile, const void* source,
                       CUtensorMap* maps);
+void make_cell_maps(const GemmProblem& gemm, const GemmTile& tile, const void* source,
+                    CUtensorMap* maps);
 void make_result_maps(const GemmProblem& gemm, const GemmTile& tile, void* result,
                       CUtensorMap* maps);
+CUtensorMap make_result_cells_map(const GemmProblem& gemm, const GemmTile& tile, void* result);
 
 // The kernels, in the order they run; each launches on the stream and checks the launch.
 struct GemmOperands {
@@ -406,8 +435,10 @@ struct GemmOperands {
   uint8_t* packed_weights;
   float* row_scales;
   uint8_t* bad_jobs;
-  CUtensorMap source_maps[kMaxSourceKinds];  // only with GemmTile::bulk: [row kind][channel kind]
-  CUtensorMap result_maps[kMaxKinds];        // only with GemmTile::boxed: [row kind][channel kind]
+  // Only with GemmTile::bulk: [row kind][channel kind], or with direct: [class of the sum].
+  CUtensorMap source_maps[kMaxSourceKinds];
+  // Only with GemmTile::boxed: [row kind][channel kind], or with across: one.
+  CUtensorMap result_maps[kMaxKinds];
 };
 void pack_weights(const GemmProblem& gemm, const GemmTile& tile, const GemmOperands& operands,
                   void* stream);

@@ -76,7 +76,8 @@ bool list_steps(GemmProblem& g) {
   return true;
 }
 
-// 1×1, stride 1, no padding, rows that follow each other: an image may be one long row.
+// 1×1, stride 1, no padding, rows that follow each other: an image may be one long row, and in 16
+// bits all of them one image, so that boxes have several. (float32 gains nothing by that.)
 bool join_rows(GemmProblem& g) {
   const auto joins = [](const Tensor4& t) { return t.stride[2] == t.size[3] * t.stride[3]; };
   const bool same = g.source.size[2] == g.result.size[2] && g.source.size[3] == g.result.size[3];
@@ -86,13 +87,16 @@ bool join_rows(GemmProblem& g) {
   if (!same || !plain(g.h) || !plain(g.w) || !joins(g.source) || !joins(g.result) ||
       g.source.size[2] * g.source.size[3] >= kMaxExtent)
     return false;
+  const bool all = g.is_half();
   for (Tensor4* t : {&g.source, &g.result}) {
     t->size[3] *= t->size[2];
-    t->size[2] = 1;
-    t->stride[2] = t->size[3] * t->stride[3];
+    t->size[2] = all ? t->size[0] : 1;
+    t->stride[2] = all ? t->stride[0] : t->size[3] * t->stride[3];
+    if (all) t->size[0] = 1;
   }
   g.cells_w *= g.cells_h;
-  g.cells_h = 1;
+  g.cells_h = all ? g.images : 1;
+  if (all) g.images = 1;
   return true;
 }
 

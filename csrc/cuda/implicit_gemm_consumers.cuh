@@ -9,9 +9,9 @@ namespace convops::cuda::implicit_gemm {
 
 // The instructions of a step: a = weights, b = source, whose low parts are `part` cells after the
 // high ones; the small products first.
-template <typename T>
-__device__ __forceinline__ void multiply_step(float (&sums)[T::kColumns / 2], ptx::Matrix a,
-                                              ptx::Matrix b, int part, int accumulate) {
+template <typename T, typename B>
+__device__ __forceinline__ void multiply_step(float (&sums)[T::kColumns / 2], ptx::Matrix a, B b,
+                                              int part, int accumulate) {
   if constexpr (T::kProducts == 3) {
     const ptx::Matrix a_low = a + kStepOctets * T::kRowTile, b_low = b + part;
     ptx::wgmma(sums, a, b_low, accumulate);
@@ -32,12 +32,13 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
   const int warp = of_warp(threadIdx.x / kWarp), group = warp / 4;
   const bool leads = threadIdx.x % kWarp == 0;
 
-  // Warpgroups share a job: each has 64 of the rows, or half of the cells.
-  const ptx::Matrix a0 = ptx::matrix(uint32_t(__cvta_generic_to_shared(shared + memory.weights)) +
-                                         (T::kRowTile == 128 ? group * 64 * 16 : 0),
-                                     T::kRowTile * 16);
+  // Warpgroups share a job: each has 64 of the rows and a part of the cells.
+  const ptx::Matrix a0 = ptx::matrix(
+      uint32_t(__cvta_generic_to_shared(shared + memory.weights)) + T::row_group(group) * 64 * 16,
+      T::kRowTile * 16);
+  const int group_cells = T::cell_group(group) * t.height * t.pitch;
   const ptx::Matrix b0 = ptx::matrix(uint32_t(__cvta_generic_to_shared(shared + memory.sources)) +
-                                         (T::kRowTile == 128 ? 0 : group * t.height * t.pitch * 16),
+                                         group_cells * t.cell_octets() * 16,
                                      0);  // every step tells how far apart its octets are
 
   uint8_t* const staged = shared + memory.staged + warp * t.staged_halves * t.staged_bytes;
@@ -138,8 +139,9 @@ __device__ __forceinline__ void run_consumers(const GemmProblem& g, const GemmTi
             ptx::wgmma_fence();
 #pragma unroll
             for (int j = 0; j < steps; ++j) {
-              multiply_step<T>(sums, a + j * (T::kWeightBytes / 16), b + g.step_cells[at + j],
-                               t.part, j > 0 || held > 0);
+              const ptx::Matrix step = b + g.step_cells[at + j];
+              multiply_step<T>(sums, a + j * (T::kWeightBytes / 16), T::laid(step, t), t.part,
+                               j > 0 || held > 0);
             }
             ptx::wgmma_commit();
             at += steps;

@@ -29,13 +29,17 @@ constexpr double kHalfCycles = 995;  // until half of the results has left, if b
 constexpr double kJobCycles = 762;
 // Of 16 bits, of a stage of the converters: a row of boxes and four of its matrices, an octet of a
 // patch, one that is gathered; all of one that is copied, and an octet of it.
-constexpr double kRowOfMatrices = 287, kMatricesCycles = 64, kPatchCycles = 232;
+constexpr double kRowOfMatrices = 294, kMatricesCycles = 45.9, kPatchCycles = 395;
 constexpr double kGatherCycles = 2570, kOctetsCycles = 5920, kOctetCycles = 163;
-// And of the consumers: from a stage to the next, a row of the tile, 16 cells of 16 channels, a
-// job.
-constexpr double kHalfDrainCycles = 1000;
-constexpr double kHalfRowCycles = 1260, kAcrossCycles = 228, kHalfJobCycles = 1200;
-constexpr double kOverlap = 0.373;  // of the shorter of two things at a time is not hidden
+// And of the consumers: from a stage to the next, a row of the tile, a result that goes alone, a
+// job. Cells that are loaded as they are multiplied cost no more than that, nor do those stored
+// whole.
+constexpr double kHalfDrainCycles = 607, kDirectDrainCycles = 100, kHalfRowCycles = 505;
+constexpr double kEdgeCycles = 4880, kHalfRunCycles = 613;
+constexpr double kHalfApartCycles = 0.529, kHalfJobCycles = 1440;
+constexpr double kFewConverters = 1.08;  // times as long beside four warpgroups that multiply
+// Of the shorter of two things at a time is not hidden; of consumers and converters of 16 bits.
+constexpr double kOverlap = 0.373, kHalfOverlap = 0.224;
 constexpr double kClock = 1.98e9;
 constexpr double kBandwidthShare = 1.1;      // of the device's peak: kOverlap takes more than that
 constexpr double kReadSeconds = 0.0383e-12;  // of a byte that blocks read, mostly from L2
@@ -49,7 +53,7 @@ double float_stage(const GemmProblem& g, const GemmTile& t, double passes) {
       (g.mixes_phases() ? kMixedCopyCycles : kCopyCycles) * (t.straddles ? kStraddled : 1);
   const double slowly = t.columns <= kFewColumns ? kTogether : 1;
   // The vectors that a thread looks at in each box, four at a time.
-  const int lanes = gemm_converter_threads(g.element_bytes, t.columns) / t.max_groups
+  const int lanes = gemm_converter_threads(g.element_bytes, t.columns, t.consumers) / t.max_groups
                     << t.max_pieces_log;
   const double vectors = double(round_up(ceil_divide(t.raw_cells, g.vector() * lanes), 4));
   const double look = vectors * (1 << t.source_kinds_log) * kMaxCycles * slowly;
@@ -61,7 +65,7 @@ double half_stage(const GemmProblem& g, const GemmTile& t, double passes) {
   if (t.by_octets) return kOctetsCycles + passes * g.octets * kOctetCycles;
   if (!t.bulk) return passes * g.octets * kGatherCycles;
   if (t.run > 0) return passes * g.octets * kPatchCycles;
-  const int warps = gemm_converter_threads(g.element_bytes, t.columns) / 32;
+  const int warps = gemm_converter_threads(g.element_bytes, t.columns, t.consumers) / 32;
   const double rows = double(ceil_divide(t.tile_rows + g.h.shifts - 1, warps));
   return rows * t.depth * g.octets *
          (kRowOfMatrices + kMatricesCycles * std::ceil(t.raw_pitch / 32.0));
@@ -95,32 +99,42 @@ double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& devi
       const int block_steps = g.step_count(r, s);
       if (block_steps > 0) stages += double(ceil_divide(g.sum_blocks, t.depth));
     }
-    // Both warpgroups, who share the tensor cores.
+    // All warpgroups, who share the tensor cores.
     const double sums = double(ceil_divide(g.steps(r), promoted_steps(g.products)));
-    const double multiply = g.steps(r) * (g.products * t.columns + kStepCycles) +
+    const double multiply = g.steps(r) * (g.products * t.columns * t.consumers / 2 + kStepCycles) +
                             (g.is_half() ? 0 : sums * kPromoteCycles) +
-                            stages * (g.is_half() ? kHalfDrainCycles : kDrainCycles);
-    const double passes = std::ceil(double(t.depth) * t.source_cells /
-                                    gemm_converter_threads(g.element_bytes, t.columns));
+                            stages * (t.direct      ? kDirectDrainCycles
+                                      : g.is_half() ? kHalfDrainCycles
+                                                    : kDrainCycles);
+    const double passes =
+        std::ceil(double(t.depth) * t.source_cells /
+                  gemm_converter_threads(g.element_bytes, t.columns, t.consumers));
     read += stages * t.raw_bytes * t.row_blocks * g.groups;
     const double rows = double(g.class_rows) / t.row_blocks;
     // By each consumer warp, of its 16 rows.
     const double staging =
         t.height * (g.is_half() ? kHalfRowCycles : kRowCycles) * (t.paired ? 1 : kUnpairedRows);
-    const double runs = t.boxed ? 0 : (16 >> t.woven_log) * t.runs * kRunCycles;
+    const double runs =
+        t.boxed ? 0 : (16 >> t.woven_log) * t.runs * (g.is_half() ? kHalfRunCycles : kRunCycles);
     // Warps without a row store nothing; the blocks of the fullest rows are the last to end.
     const double filled = std::min(1.0, double(g.class_rows) / t.row_tile);
-    const double across = t.height * std::ceil(t.width / 16.0) * kAcrossCycles;
-    const double store = t.neighbours ? filled * (staging + runs)
-                         : t.across   ? filled * across
-                                      : rows * t.tile_rows * t.width * kApartCycles;
+    const double ends = std::min(1.0, 2.0 / t.tiles_w);  // of the tiles are at a row's begin or end
+    const double edges = g.is_half() && t.boxed && t.has_edges ? ends * t.height * kEdgeCycles : 0;
+    const double store =
+        t.neighbours ? filled * (staging + runs + edges)
+        : t.across ? 0
+                   : rows * t.tile_rows * t.width * (g.is_half() ? kHalfApartCycles : kApartCycles);
     const double halves = !g.is_half() && t.neighbours && t.staged_halves == 1 ? kHalfCycles : 0;
     const double consume = multiply + store + halves + (g.is_half() ? kHalfJobCycles : kJobCycles);
     // A group works on one stage; a raw stage is loaded, looked at and converted.
-    const double stage = g.is_half() ? half_stage(g, t, passes) : float_stage(g, t, passes);
-    const double convert = stages * std::max(stage / kConverterGroups,
-                                             t.bulk ? (kLoadCycles + stage) / t.raw_stages : 0);
-    cycles += t.row_blocks * (std::max(consume, convert) + kOverlap * std::min(consume, convert));
+    const double few = t.consumers > kConsumers ? kFewConverters : 1;
+    const double stage = g.is_half() ? few * half_stage(g, t, passes) : float_stage(g, t, passes);
+    const double convert =
+        t.direct ? 0
+                 : stages * std::max(stage / kConverterGroups,
+                                     t.bulk ? (kLoadCycles + stage) / t.raw_stages : 0);
+    const double overlap = g.is_half() ? kHalfOverlap : kOverlap;
+    cycles += t.row_blocks * (std::max(consume, convert) + overlap * std::min(consume, convert));
   }
   cycles *= g.groups;
   const double mean = cycles / t.units;

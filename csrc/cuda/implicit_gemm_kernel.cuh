@@ -72,16 +72,16 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     implicit_gemm_kernel(const __grid_constant__ GemmProblem g, const __grid_constant__ GemmTile t,
                          const __grid_constant__ GemmOperands operands,
                          const __grid_constant__ GemmSharedMemory memory) {
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(1024) uint8_t shared[];
   Header& header = *reinterpret_cast<Header*>(shared);
   if (threadIdx.x == 0) {
     for (int i = 0; i < t.weight_stages; ++i) {
       ::cuda::ptx::mbarrier_init(&header.weights_full[i], 1);
-      ::cuda::ptx::mbarrier_init(&header.weights_empty[i], kConsumers * 4);
+      ::cuda::ptx::mbarrier_init(&header.weights_empty[i], T::kConsumers * 4);
     }
     for (int i = 0; i < t.source_stages; ++i) {
-      ::cuda::ptx::mbarrier_init(&header.source_full[i], T::kConverterThreads);
-      ::cuda::ptx::mbarrier_init(&header.source_empty[i], kConsumers * 4);
+      ::cuda::ptx::mbarrier_init(&header.source_full[i], t.direct ? 1 : T::kConverterThreads);
+      ::cuda::ptx::mbarrier_init(&header.source_empty[i], T::kConsumers * 4);
     }
     for (int i = 0; i < t.raw_stages; ++i) {
       ::cuda::ptx::mbarrier_init(&header.raw_full[i], 1);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   __syncthreads();
 
   const int warp = threadIdx.x / kWarp;
-  constexpr int kStreamer = kConsumers * 4, kLoader = kStreamer + 1, kConverters = kLoader + 1;
+  constexpr int kStreamer = T::kConsumers * 4, kLoader = kStreamer + 1, kConverters = kLoader + 1;
   if (warp < kStreamer) {
     ptx::raise_registers<T::kConsumerRegisters>();
     run_consumers<T>(g, t, operands, shared, memory);
@@ -114,6 +114,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     } else if (threadIdx.x % kWarp == 0) {
       if (warp == kStreamer)
         run_streamer<T>(g, t, operands, shared, memory);
+      else if (T::kHalf && t.direct)
+        run_direct_loader<T>(g, t, operands, shared, memory);
       else if (t.bulk)
         run_loader<T>(g, t, operands, shared, memory);
     }
@@ -131,23 +133,24 @@ void launch(const GemmProblem& g, const GemmTile& t, const GemmOperands& operand
   CONVOPS_LAUNCH_CHECK("implicit_gemm");
 }
 
-// Launches the kernel of the tile: there is an instantiation for each of gemm_columns and both row
+// Launches the kernel of the tile: there is an instantiation for each of gemm_shapes and both row
 // tiles.
 template <typename E, int kProducts>
 void launch_tile(const GemmProblem& g, const GemmTile& t, const GemmOperands& operands,
                  int processors, void* stream) {
   bool launched = false;
-  const auto try_tile = [&]<int kRowTile, int kColumns>() {
-    if (t.row_tile != kRowTile || t.columns != kColumns) return;
+  const auto try_tile = [&]<int kRowTile, GemmShape kShape>() {
+    if (t.row_tile != kRowTile || t.columns != kShape.columns || t.consumers != kShape.consumers)
+      return;
     launched = true;
-    launch<Traits<E, kProducts, kRowTile, kColumns>>(g, t, operands, processors,
-                                                     cudaStream_t(stream));
+    launch<Traits<E, kProducts, kRowTile, kShape>>(g, t, operands, processors,
+                                                   cudaStream_t(stream));
   };
-  constexpr auto kColumns = gemm_columns(sizeof(E));
+  constexpr auto kShapes = gemm_shapes(sizeof(E));
   [&]<int... i>(std::integer_sequence<int, i...>) {
-    (try_tile.template operator()<64, kColumns[i]>(), ...);
-    (try_tile.template operator()<128, kColumns[i]>(), ...);
-  }(std::make_integer_sequence<int, int(kColumns.size())>());
+    (try_tile.template operator()<64, kShapes[i]>(), ...);
+    (try_tile.template operator()<128, kShapes[i]>(), ...);
+  }(std::make_integer_sequence<int, int(kShapes.size())>());
   if (!launched) throw std::logic_error("implicit_gemm has no kernel for its tile");
 }
 

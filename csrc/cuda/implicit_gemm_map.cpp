@@ -26,7 +26,7 @@ bool can_copy_bulk(const GemmProblem& g) {
   const int kinds = source_kinds(g), channel_kinds = 1 << g.sum_kinds_log, phases = g.phases();
   const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
   const bool own = (kinds == 1 || (stride[2] == size[3] && g.w.source_origin == 0)) &&
-                   (channel_kinds == 1 || stride[1] == size[2] * stride[2]);
+                   (channel_kinds == 1 || stride[1] == size[2] * stride[2] || stride[1] == size[3]);
   const bool patch = g.sum_classes == 1 && g.block_sums % phases == 0 && g.h.phases % kinds == 0 &&
                      g.w.phases <= kMostRun && stride[2] % g.w.phases == 0;
   return stride[3] == 1 && fits(0) && fits(1) && fits(2) && stride[0] % g.vector() == 0 &&
@@ -53,6 +53,33 @@ void make_source_maps(const GemmProblem& g, const GemmTile& t, const void* sourc
     }
 }
 
+// The classes of the sum are few, and their elements lie a cell apart. A box has no other group's
+// channels (GemmTile::direct).
+bool can_copy_direct(const GemmProblem& g) {
+  constexpr int64_t kMaxStride = int64_t{1} << 36;
+  const auto& [size, stride] = g.source;
+  const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
+  return has_octets(g, g.source) && g.octets == kStepOctets && fits(0) && fits(2) && fits(3) &&
+         g.h.source_origin + g.w.source_origin == 0 && g.sum_classes == g.phases() &&
+         g.sum_classes <= kMaxSourceKinds && size[2] >= g.h.phases && size[3] >= g.w.phases;
+}
+
+// Cells of a class of the sum, with the channels of a stage.
+void make_cell_maps(const GemmProblem& g, const GemmTile& t, const void* source,
+                    CUtensorMap* maps) {
+  const auto& [size, stride] = g.source;
+  const int box[4] = {t.depth * g.block_sums, t.pitch, t.source_cells / t.pitch, 1};
+  for (int i = 0; i < g.sum_classes; ++i) {
+    const GemmSum first = gemm_sum(g, i, 0);
+    const int64_t offset = first.phase_h * stride[2] + first.phase_w * stride[3];
+    maps[i] = make_map(static_cast<const uint8_t*>(source) + offset * g.element_bytes,
+                       {size[1], ceil_divide(size[3] - first.phase_w, g.w.phases),
+                        ceil_divide(size[2] - first.phase_h, g.h.phases), size[0]},
+                       {g.w.phases * stride[3], g.h.phases * stride[2], stride[0]}, box,
+                       g.element_bytes, box[0] * g.element_bytes);
+  }
+}
+
 // Every row of a kind in every channel of a kind, from its first multiple of 16 bytes on; of its
 // end only whole vectors of them, because the copy engine does not write less. What a box has
 // between channels lies outside: then a map's row is the tile's, and where that begins, in chunks
@@ -74,6 +101,14 @@ void make_result_maps(const GemmProblem& g, const GemmTile& t, void* result, CUt
           {channel_kinds * stride[1], kGap, row_kinds * stride[2], stride[0]}, box,
           g.element_bytes);
     }
+}
+
+// A row of a tile in the channels that a box has of its cells.
+CUtensorMap make_result_cells_map(const GemmProblem& g, const GemmTile& t, void* result) {
+  const auto& [size, stride] = g.result;
+  return make_map(result, {size[1], size[3], size[2], size[0], 1},
+                  {stride[3], stride[2], stride[0], g.vector()}, {t.cell_rows, t.step, 1, 1, 1},
+                  g.element_bytes, t.cell_rows * g.element_bytes);
 }
 
 }  // namespace convops::cuda

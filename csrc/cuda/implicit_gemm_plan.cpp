@@ -26,8 +26,8 @@ void set_raw_channels(const GemmProblem& g, GemmTile& t, int channels) {
   t.raw_channels = channels;
   t.max_groups = std::max(kGroups, channels);
   t.max_pieces_log = std::countr_zero(unsigned(t.max_groups / channels));
-  t.by_max_lanes =
-      Divisor(std::max(1, gemm_converter_threads(g.element_bytes, t.columns) / t.max_groups));
+  t.by_max_lanes = Divisor(
+      std::max(1, gemm_converter_threads(g.element_bytes, t.columns, t.consumers) / t.max_groups));
 }
 
 int align_box(const GemmProblem& g, int64_t elements) {
@@ -46,7 +46,7 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
                          : vector - 1;
   const int raw_rows = int(ceil_divide(rows, kinds));
   t.bulk = true;
-  t.by_octets = false;
+  t.by_octets = t.direct = false;
   t.source_kinds_log = std::countr_zero(unsigned(kinds));
   set_raw_channels(g, t, t.depth * g.block_sums / g.phases());
   t.raw_pitch = int(round_up(t.pitch * g.w.phases + before, vector));
@@ -69,6 +69,23 @@ bool copy_in_bulk(const GemmProblem& g, GemmTile& t) {
          (aligned || t.run == 0);
 }
 
+// The source as boxes of whole cells, which have no other group's channels.
+bool copy_direct(const GemmProblem& g, const GemmTile& t) {
+  return can_copy_direct(g) && !t.straddles && t.pitch <= kLargestBox &&
+         t.source_cells / t.pitch <= kLargestBox &&
+         (g.groups == 1 || g.sums % (t.depth * g.block_sums) == 0);
+}
+
+// Of the source ring: planes of octets, or whole cells of 32, 64 or 128 bytes, whose octets change
+// places in a pattern that repeats after eight of them, or what wgmma takes for that many.
+void lay_out_stages(const GemmProblem& g, GemmTile& t) {
+  const int bytes = t.direct ? t.depth * kBlockBytes : kOctet * 2;
+  const uint32_t swizzle = !t.direct ? 0 : bytes == 128 ? 1 : bytes == 64 ? 2 : 3;
+  t.operand_layout = swizzle << 30 | uint32_t(kOctet * bytes >> 4);
+  t.stage_cells = t.depth * t.part * (g.products == 3 ? 2 : 1);
+  if (t.direct) t.stage_cells = int(round_up(t.stage_cells, kSwizzleBytes / 16));
+}
+
 // As many stages as fit: first those in which both halves of the results leave at a time, then raw
 // ones for the memory's latency and weights' for that of L2, then a third source stage, so that the
 // consumers have one while both groups of converters fill theirs; false if the fewest do not.
@@ -88,7 +105,7 @@ bool choose_stages(GemmTile& t) {
       break;
     }
   };
-  grow(t.staged_halves, 2);
+  if (!t.across) grow(t.staged_halves, 2);
   if (t.bulk) grow(t.raw_stages, 3);
   if (t.resident_bytes == 0) grow(t.weight_stages, kMaxWeightStages - 1);
   grow(t.source_stages, kMaxSourceStages);
@@ -103,9 +120,11 @@ void describe_results(const GemmProblem& g, GemmTile& t) {
   const int block = g.w.block;
   t.neighbours = are_neighbours(g);
   t.woven_log = t.neighbours ? block / 2 : 0;
-  // Whole sectors of a warp's 16 channels.
-  t.across =
-      !t.neighbours && block == 1 && g.h.block == 1 && g.rows % 16 == 0 && has_octets(g, g.result);
+  // A box has as many channels as its tensor has, or the group has in whole boxes.
+  t.cell_rows = g.groups == 1 ? 64 : std::gcd(g.rows, 64);
+  t.across = !t.neighbours && block == 1 && g.h.block == 1 && g.rows % kOctet == 0 &&
+             t.cell_rows >= 16 && has_octets(g, g.result) && stride[0] > 0 && stride[2] > 0 &&
+             stride[3] > 0;
   t.paired = t.neighbours && block == 1 && (stride[0] | stride[1] | stride[2] | size[3]) % 2 == 0;
   t.row_kinds_log = kinds_log(stride[2], g.vector());
   const int sector = g.sector();
@@ -149,13 +168,16 @@ int step_count(const GemmProblem& g) { return g.step_begin[g.row_classes - 1][g.
 // What there is to choose for a tile: into how many parts a row of cells is cut, how deep a stage
 // is and whether tiles cross images.
 struct TileChoice {
-  int row_tile, columns, parts, depth;
+  int row_tile;
+  GemmShape shape;
+  int parts, depth;
   bool straddles;
 };
 
 // That tile but for its stages; false where there is none.
 bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTile& t) {
-  const auto [row_tile, columns, parts, depth, straddles] = choice;
+  const auto [row_tile, shape, parts, depth, straddles] = choice;
+  const int columns = shape.columns;
   t.depth = depth;
   // Where stages end in the middle of a sum; elsewhere the second warpgroup would only have more of
   // them.
@@ -164,6 +186,7 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
   t.row_tile = row_tile;
   t.weight_stage_bytes = gemm_weight_stage_bytes(g.products, row_tile);
   t.columns = columns;
+  t.consumers = shape.consumers;
   describe_results(g, t);
   const auto& stride = g.result.stride;
   const int block = g.w.block, sector_size = g.sector();
@@ -181,9 +204,11 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
   }
   const int round = t.paired ? 1 : 0;  // to even numbers
   t.pitch = (t.width + g.w.shifts - 1 + round) & ~round;
+  // A row of the tile begins at a multiple of 128 bytes.
+  if (t.across) t.pitch = int(round_up(t.pitch, 64 / t.cell_rows));
   if (t.width > columns) return false;
   t.height = 1 + (columns - t.width) / t.pitch;
-  const int groups = row_tile == 64 ? kConsumers : 1;
+  const int groups = t.consumers * 64 / row_tile;
   // Not more rows than there are.
   const int64_t straddling_rows = int64_t(g.images) * (g.cells_h + g.h.shifts - 1);
   t.height = int(std::min<int64_t>(t.height, ceil_divide(straddling_rows, groups)));
@@ -202,6 +227,7 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
   t.jobs = int(jobs);
   t.source_cells = (t.tile_rows + g.h.shifts - 1) * t.pitch;
   if (!bulk || !copy_in_bulk(g, t)) copy_by_cells(g, t);
+  t.direct = t.by_octets && copy_direct(g, t);
   t.box_width = int(round_up(t.step << t.woven_log, sector_size));
   t.box_pitch = t.box_width + (chunks ? kGap : 0);
   t.box_elements = align_box(g, t.box_pitch * (8 >> t.woven_log));
@@ -223,10 +249,10 @@ bool make_tile(const GemmProblem& g, const TileChoice& choice, bool bulk, GemmTi
   const int last = (groups - 1) * t.height * t.pitch + (g.h.shifts - 1) * t.pitch + g.w.shifts - 1;
   t.plane = std::max(t.source_cells, last + columns);
   t.part = g.octets * t.plane;
-  t.stage_cells = t.depth * t.part * (g.products == 3 ? 2 : 1);
+  lay_out_stages(g, t);
   const int lines = t.neighbours ? (8 >> t.woven_log) * t.line : 8 * gemm_stage_pitch(columns);
   t.line_bytes = align_box(g, lines) * g.element_bytes;
-  if (t.across) t.line_bytes = kStepOctets * gemm_across_pitch(columns);
+  if (t.across) t.line_bytes = columns * 16 * g.element_bytes;
   t.staged_bytes = t.boxed ? t.height * t.box_elements * g.element_bytes : t.line_bytes;
   // A descriptor has 14 bits for the cells between octets; between taps there are fewer.
   return t.plane < (1 << 14) && t.depth * step_count(g) <= kMaxTaps;
@@ -266,7 +292,9 @@ void place_steps(GemmProblem& g, const GemmTile& t) {
           // Taps are in the order of their cells; of no tap the weights are zeros, whatever is
           // there.
           const int apart = step_taps == 1 ? t.plane : std::max(0, cells(last) - cells(first));
-          *place++ = uint32_t(block * block_cells + cells(first) | apart << 16);
+          const int cell = cells(first) * t.cell_octets();
+          *place++ = t.direct ? uint32_t(cell + block * kStepOctets)
+                              : uint32_t(block * block_cells + cell | apart << 16);
         }
 }
 
@@ -306,11 +334,11 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
       cells.octets == 1 ? 1 : std::min(kMaxStageSums / g.block_sums, 2 * g.sum_blocks - 1);
   for (const int row_tile : {64, 128}) {
     if (row_tile == 128 && g.class_rows <= 64) continue;
-    for (const int columns : gemm_columns(g.element_bytes))
-      for (const int parts : row_parts(g, columns))
+    for (const GemmShape& shape : gemm_shapes(g.element_bytes))
+      for (const int parts : row_parts(g, shape.columns))
         for (int depth = 1; depth <= most; depth *= 2)
           for (const bool straddles : {false, true}) {
-            const TileChoice choice{row_tile, columns, parts, depth, straddles};
+            const TileChoice choice{row_tile, shape, parts, depth, straddles};
             if (!make_tile(g, choice, bulk, t)) continue;
             const int resident = resident_bytes(g, t, device.processors);
             for (const bool stay : {false, true}) {
@@ -338,11 +366,18 @@ void copy_by_cells(const GemmProblem& g, GemmTile& t) {
   t.run = t.source_kinds_log = 0;
   set_raw_channels(g, t, t.depth * g.block_sums);
   t.raw_pitch = t.pitch;
-  t.octets_apart = false;
+  t.octets_apart = t.direct = false;
   t.raw_cells = int(round_up(t.source_cells, g.vector()));
   t.raw_octet = t.raw_cells * kOctet;
   t.raw_box = t.raw_cells * t.raw_channels;
   t.raw_bytes = g.is_half() ? 0 : t.raw_box * g.element_bytes;  // read without a stop there
+}
+
+void copy_by_elements(GemmProblem& g, GemmTile& t) {
+  if (t.bulk) copy_by_cells(g, t);
+  t.by_octets = t.direct = false;
+  lay_out_stages(g, t);
+  place_steps(g, t);
 }
 
 GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {

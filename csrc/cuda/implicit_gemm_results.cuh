@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/implicit_gemm_stages.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/mma.cuh"
 
@@ -293,19 +294,24 @@ __device__ __forceinline__ void store_apart(const GemmProblem& g, const GemmTile
   }
 }
 
-// Writes the results of a warp's 16 rows by cells: 16 channels are a sector of memory, of which two
-// lanes have a half each.
+// Starts to copy a warpgroup's 64 rows as boxes of whole cells, for which its warps put their 16
+// channels side by side: swizzled, so that eight cells of an octet lie in different banks.
 template <typename T>
-__device__ __forceinline__ void store_across(const GemmProblem& g, const GemmTile& t,
-                                             const GemmJob& job, const ResultRows& rows,
-                                             const RowPlace& place, typename T::Element* result,
-                                             uint8_t* staged,
-                                             const float (&totals)[T::kColumns / 2]) {
-  constexpr int kPitch = gemm_across_pitch(T::kColumns);
-  const int lane = threadIdx.x % kWarp, octet = lane % 2;
-  const uint32_t to = uint32_t(__cvta_generic_to_shared(staged)) + lane / 8 % 2 * kPitch +
-                      (lane / 16 * 8 + lane % 8) * 16;
-  __syncwarp();
+__device__ __forceinline__ void store_cells(const GemmProblem& g, const GemmTile& t,
+                                            const GemmJob& job, const ResultRows& rows,
+                                            const CUtensorMap* map, uint8_t* staged,
+                                            const float (&totals)[T::kColumns / 2]) {
+  const int lane = threadIdx.x % kWarp, warp = of_warp(threadIdx.x / kWarp % 4);
+  const int group = of_warp(threadIdx.x / (4 * kWarp)), bytes = t.cell_rows * 2;
+  const int box_bytes = T::kColumns * bytes;
+  // A lane's cell of eight, and of two times eight; the octets' places change with it.
+  const int cell = lane % 8, octet = (warp * kRows & (t.cell_rows - 1)) / kOctet + lane / 8 % 2;
+  const int swizzle = cell * bytes >> 7 & (bytes / 16 - 1);
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(staged)) +
+                      warp * kRows / t.cell_rows * box_bytes + (lane / 16 * 8 + cell) * bytes +
+                      (octet ^ swizzle) * 16;
+  ptx::store_wait_read<0>();
+  ptx::sync_threads<4 * kWarp>(kGroupBarrier + group);
 #pragma unroll
   for (int i = 0; i < T::kColumns / 8; i += 2) {
     uint32_t matrices[4];
@@ -313,21 +319,23 @@ __device__ __forceinline__ void store_across(const GemmProblem& g, const GemmTil
     for (int j = 0; j < 4; ++j)
       store_pair(reinterpret_cast<typename T::Element*>(&matrices[j]), totals[4 * i + 2 * j],
                  totals[4 * i + 2 * j + 1]);
-    ptx::store_transposed(to + i * 8 * 16, matrices);
+    ptx::store_transposed(to + i * 8 * bytes, matrices);
+  }
+  ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+  ptx::sync_threads<4 * kWarp>(kGroupBarrier + group);
+  const int first = job.row_block * T::kRowTile + T::row_group(group) * 64;
+  const int boxes = 64 / t.cell_rows;
+#pragma unroll 1
+  for (int i = warp; i < t.height * boxes; i += 4) {
+    const int r = i / boxes, box = i - r * boxes, line = first + box * t.cell_rows;
+    const RowPlace place{line < g.rows ? job.group * g.rows + line : -1, 0, 0};
+    const ResultRow row = rows.find(t, r);
+    const int32_t at[5] = {place.channel, job.column, row.cell, row.image, 0};
+    if (row.exists(g, place) && lane == 0)
+      ptx::store_box(map, at, staged + box * box_bytes + r * t.pitch * bytes);
   }
   __syncwarp();
-  const int count = min(t.width, results_left(g, job, place));
-#pragma unroll 1
-  for (int r = 0; r < t.height; ++r) {
-    const ResultRow row = rows.find(t, r);
-    if (!row.exists(g, place)) continue;
-    auto* const cells = result + row.offset(g, job, place) + octet * kOctet;
-    const uint8_t* const from = staged + octet * kPitch + r * t.pitch * 16;
-#pragma unroll 2
-    for (int i = lane / 2; i < count; i += kWarp / 2)
-      *reinterpret_cast<uint4*>(cells + i * g.result.stride[3]) =
-          *reinterpret_cast<const uint4*>(from + i * 16);
-  }
+  ptx::store_commit();
 }
 
 // Notes a warp's rows; whether fp16 holds their weights (all lanes know).
@@ -338,7 +346,8 @@ __device__ __forceinline__ bool note_rows(const GemmProblem& g, const GemmOperan
   __syncwarp();  // all lanes have read the last job's
   bool fits = true;
   if (lane < kRows) {
-    const int row = job.row_block * T::kRowTile + (T::kRowTile == 128 ? warp : warp % 4) * kRows;
+    const int group_warp = T::kConsumers == T::kRowGroups ? warp : warp % (T::kRowGroups * 4);
+    const int row = job.row_block * T::kRowTile + group_warp * kRows;
     RowNote note{0, 0, find_row(g, job, row + lane)};
     if (note.place.channel >= 0) {
       note.scale = T::kHalf ? 1 : operands.row_scales[note.place.channel];
@@ -362,7 +371,7 @@ __device__ __forceinline__ bool store_results(const GemmProblem& g, const GemmTi
   auto* const result = static_cast<E*>(operands.result);
   bool finite = true;
   const int lane = threadIdx.x % kWarp, group = of_warp(threadIdx.x / kWarp / 4);
-  const ResultRows rows(t, job.row + (T::kRowTile == 128 ? 0 : group * t.height));
+  const ResultRows rows(t, job.row + T::cell_group(group) * t.height);
   const LaneRow lane_row(g, t);
   const auto lines = [&](int half) {
     return reinterpret_cast<E*>(staged + half * (t.staged_halves - 1) * t.staged_bytes);
@@ -372,7 +381,7 @@ __device__ __forceinline__ bool store_results(const GemmProblem& g, const GemmTi
     const RowPlace& place = notes[8 * half].place;
     return RowPlace{of_warp(place.channel), int16_t(of_warp(place.phase_h)), 0};
   };
-  if (first_place(0).channel < 0) return true;  // the warp has no rows
+  if (!t.across && first_place(0).channel < 0) return true;  // the warp has no rows
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const RowNote& note = notes[8 * half + lane / 4];
@@ -389,7 +398,9 @@ __device__ __forceinline__ bool store_results(const GemmProblem& g, const GemmTi
       finite &= zeros[0] + zeros[1] + zeros[2] + zeros[3] == 0 || note.place.channel < 0;
     if constexpr (T::kHalf) {
       if (t.across) {
-        if (half == 1) store_across<T>(g, t, job, rows, first_place(0), result, staged, totals);
+        // From the first of the warpgroup's staged rows.
+        uint8_t* const cells = staged - of_warp(threadIdx.x / kWarp % 4) * t.staged_bytes;
+        if (half == 1) store_cells<T>(g, t, job, rows, operands.result_maps, cells, totals);
         continue;
       }
     }

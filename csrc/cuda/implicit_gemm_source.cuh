@@ -40,7 +40,7 @@ struct Cursor {
 // Of the group.
 template <typename T>
 __device__ __forceinline__ int converter_thread(int group) {
-  return ptx::thread_index() - (kFirstConverter + group * T::kConverterThreads);
+  return ptx::thread_index() - (T::kFirstConverter + group * T::kConverterThreads);
 }
 template <typename T>
 __device__ __forceinline__ void sync_group(int group) {
@@ -154,6 +154,26 @@ __device__ __forceinline__ void run_loader(const GemmProblem& g, const GemmTile&
     load_source_bulk<T>(g, t, operands, at.index, at.block,
                         reinterpret_cast<typename T::Raw*>(shared + memory.raw + i * t.raw_bytes),
                         header.raw[i], &header.raw_full[i]);
+  }
+}
+
+// By one thread: fills source stages with whole cells (GemmTile::direct).
+template <typename T>
+__device__ __forceinline__ void run_direct_loader(const GemmProblem& g, const GemmTile& t,
+                                                  const GemmOperands& operands, uint8_t* shared,
+                                                  const GemmSharedMemory& memory) {
+  Header& header = *reinterpret_cast<Header*>(shared);
+  Stage stage;
+  for (Cursor at(g, t); !at.done(t); at.next(g, t), stage.next(t.source_stages)) {
+    const int i = stage.index();
+    const SourceTile tile(g, t, at.index);
+    const int32_t place[4] = {tile.channel + at.block * g.block_sums, tile.column, tile.cell_row,
+                              tile.image};
+    ptx::barrier_wait(&header.source_empty[i], stage.parity() ^ 1);
+    ptx::expect_bytes(&header.source_full[i], t.source_cells * t.depth * kBlockBytes);
+    ptx::copy_box(shared + memory.sources + i * t.stage_cells * kOctet * 2,
+                  &operands.source_maps[at.sum_class], place, &header.source_full[i]);
+    ptx::barrier_arrive(&header.source_full[i]);
   }
 }
 

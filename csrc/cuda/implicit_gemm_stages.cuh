@@ -6,14 +6,13 @@
 
 #include "cuda/implicit_gemm.h"
 #include "cuda/implicit_gemm_scale.cuh"
+#include "cuda/ptx/wgmma.cuh"
 #include "cuda/types.cuh"
 
 namespace convops::cuda::implicit_gemm {
 
 constexpr int kWarp = 32;
 constexpr int kRows = 16;  // of the weight, of a consumer warp
-constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
-constexpr int kFirstConverter = kConsumerThreads + 2 * kWarp;  // after streamer and loader
 
 // Named barriers: of each group of converters, of all of them, of each warpgroup of consumers.
 constexpr int kConverterBarrier = 1, kAllConvertersBarrier = kConverterBarrier + kConverterGroups,
@@ -28,10 +27,21 @@ constexpr int kScaleStep = 4;
 constexpr float kSumUnit = kHalfUnit * kHalfUnit;
 
 // E: of the tensors' elements.
-template <typename E, int kProducts_, int kRowTile_, int kColumns_>
+template <typename E, int kProducts_, int kRowTile_, GemmShape kShape>
 struct Traits {
   using Element = E;
-  static constexpr int kProducts = kProducts_, kRowTile = kRowTile_, kColumns = kColumns_;
+  static constexpr int kProducts = kProducts_, kRowTile = kRowTile_;
+  static constexpr int kColumns = kShape.columns, kConsumers = kShape.consumers;
+  static constexpr int kConsumerThreads = kConsumers * 4 * kWarp;
+  static constexpr int kFirstConverter = kConsumerThreads + 2 * kWarp;  // after streamer and loader
+  // Consumers have 64 of the rows each, and those that have the same rows other cells.
+  static constexpr int kRowGroups = kRowTile / 64, kCellGroups = kConsumers / kRowGroups;
+  __device__ static int row_group(int group) {
+    return kRowGroups == 1 ? 0 : kCellGroups == 1 ? group : group % kRowGroups;
+  }
+  __device__ static int cell_group(int group) {
+    return kCellGroups == 1 ? 0 : kRowGroups == 1 ? group : group / kRowGroups;
+  }
   // Elements of 16 bits are multiplied as they are: no scales, no promotion, one accumulator.
   static constexpr bool kHalf = sizeof(E) == 2;
   // What the converters move; to them 16 bits are only bits.
@@ -51,7 +61,14 @@ struct Traits {
   static constexpr int kSumSteps = promoted_steps(kProducts);
   static constexpr int kFirstSteps = (kSumSteps / 2 + kSteps - 1) / kSteps * kSteps;
   static_assert(kSumSteps % kSteps == 0, "stages of weights end where sums are promoted");
-  static constexpr int kConverterThreads = gemm_converter_threads(sizeof(E), kColumns);
+  // The operand of a step in the source ring: only that of 16 bits has several layouts.
+  __device__ static auto laid(ptx::Matrix step, const GemmTile& t) {
+    if constexpr (kHalf)
+      return ptx::LaidMatrix{step.low, t.operand_layout};
+    else
+      return step;
+  }
+  static constexpr int kConverterThreads = gemm_converter_threads(sizeof(E), kColumns, kConsumers);
   static constexpr int kConverterWarps = kConverterThreads / kWarp;
   static constexpr int kThreads = kFirstConverter + kConverterGroups * kConverterThreads;
   // What a thread has at the launch. Of other numbers of threads ptxas would leave registers over,
@@ -59,10 +76,11 @@ struct Traits {
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
   static_assert(kThreads % (4 * kWarp) == 0);
   // Two accumulators (or one) and addresses for the consumers, what is left for the others.
-  static constexpr int kConsumerRegisters = kHalf && kColumns <= kFewHalves ? 176
-                                            : kColumns > kRoomyColumns      ? 208
-                                            : kColumns > kFewColumns        ? 200
-                                                                            : 168;
+  static constexpr int kConsumerRegisters = kConsumers == kMostConsumers      ? 96
+                                            : kHalf && kColumns <= kFewHalves ? 176
+                                            : kColumns > kRoomyColumns        ? 208
+                                            : kColumns > kFewColumns          ? 200
+                                                                              : 168;
   static constexpr int kProducerRegisters =
       (kRegisters * kThreads - kConsumerRegisters * kConsumerThreads) /
       (kThreads - kConsumerThreads);
@@ -107,9 +125,14 @@ struct Header {
   float source_unit[kMaxSourceStages];                         // what 1 in the sums stands for
   uint64_t raw_full[kMaxRawStages], raw_empty[kMaxRawStages];  // only with bulk copies
   RawNote raw[kMaxRawStages];
-  RowNote rows[kConsumers * 4][kRows];  // of every consumer warp
-  // Of every group of converters, of its raw stage and its next.
-  float thread_max[kConverterGroups][2][kMostConverterThreads];
+  union {
+    RowNote rows[kMostConsumers * 4][kRows];  // of every consumer warp
+    struct {
+      RowNote float_rows[kConsumers * 4][kRows];
+      // Of every group of converters of float32, of its raw stage and its next.
+      float thread_max[kConverterGroups][2][kMostConverterThreads];
+    };
+  };
   uint4 nowhere;  // where converters of 16 bits put what is no cell
   // Only with several phases in a block of the sum:
   union {

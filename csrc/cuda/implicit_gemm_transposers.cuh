@@ -26,36 +26,52 @@ __device__ __forceinline__ void transpose_rows(const GemmProblem& g, const GemmT
   constexpr int kSide = 8, kCells = 4 * kSide;  // of an instruction
   const int lane = thread % kWarp, in_matrix = lane % kSide, outside = min(note.outside, t.pitch);
   const int octets = t.depth * g.octets, kinds = 1 << g.sum_kinds_log;
-  const uint32_t skews = note.skews, to_nowhere = uint32_t(__cvta_generic_to_shared(nowhere));
+  const uint32_t to_nowhere = uint32_t(__cvta_generic_to_shared(nowhere));
+  const int channel_skew = int(g.source.stride[1]) & (T::kVector - 1);
 #pragma unroll 1
   for (int row = thread / kWarp; row < t.tile_rows + g.h.shifts - 1; row += T::kConverterWarps) {
     const int box = row & ((1 << t.source_kinds_log) - 1);
-    const int skew = int(skews >> kSkewBits * box);
+    const int skew = int(note.skews >> kSkewBits * box);
     const uint16_t* const first = raw + box * t.raw_box +
                                   (row >> t.source_kinds_log) * t.raw_pitch + (lane - in_matrix) +
                                   in_matrix * t.raw_cells;
     uint4* const cells = stage + row * t.pitch;
+    uint32_t octet_from = uint32_t(__cvta_generic_to_shared(first));
+    uint32_t octet_to = uint32_t(__cvta_generic_to_shared(cells));
 #pragma unroll 1
     for (int octet = 0; octet < octets; ++octet) {
       const int kind = first_octet + octet & (kinds - 1);
-      const int begin = skew + kind * int(g.source.stride[1]) & (T::kVector - 1);
-      uint32_t from = uint32_t(__cvta_generic_to_shared(first + octet * t.raw_octet));
+      const int begin = skew + kind * channel_skew & (T::kVector - 1);
+      // Counted from the first that lies inside.
       int cell = lane - begin - outside;
-      uint32_t to =
-          uint32_t(__cvta_generic_to_shared(cells + octet * t.plane + outside)) + cell * 16;
-      // At most the last instruction reads past the row, into what follows it in shared memory.
-#pragma unroll 4
-      for (int column = 0; column < t.raw_pitch; column += kCells) {
+      uint32_t from = octet_from, to = octet_to + (lane - begin) * 16;
+      const auto place = [&](int i) {
+        return unsigned(cell + i * kCells) < unsigned(t.pitch - outside) ? to + i * kCells * 16
+                                                                         : to_nowhere;
+      };
+      // Two at a time: one is on its way while the other is stored. At most the last reads past the
+      // row, into what follows it in shared memory.
+      int column = t.raw_pitch;
+#pragma unroll 1
+      for (; column > kCells; column -= 2 * kCells) {
+        uint32_t matrices[2][4];
+        ptx::load_transposed(matrices[0], from);
+        ptx::load_transposed(matrices[1], from + kCells * 2);
+        ptx::store_matrices(place(0), matrices[0]);
+        ptx::store_matrices(place(1), matrices[1]);
+        from += 2 * kCells * 2;
+        to += 2 * kCells * 16;
+        cell += 2 * kCells;
+      }
+      if (column > 0) {
         uint32_t matrices[4];
         ptx::load_transposed(matrices, from);
-        ptx::store_matrices(unsigned(cell) < unsigned(t.pitch - outside) ? to : to_nowhere,
-                            matrices);
-        from += kCells * 2;
-        to += kCells * 16;
-        cell += kCells;
+        ptx::store_matrices(place(0), matrices);
       }
       for (int i = lane; i < outside; i += kWarp)
-        cells[octet * t.plane + i] = make_uint4(0, 0, 0, 0);
+        stage[row * t.pitch + octet * t.plane + i] = make_uint4(0, 0, 0, 0);
+      octet_from += t.raw_octet * 2;
+      octet_to += t.plane * 16;
     }
   }
 }
@@ -174,6 +190,7 @@ template <typename T>
 __device__ __forceinline__ void run_transposers(const GemmProblem& g, const GemmTile& t,
                                                 const GemmOperands& operands, uint8_t* shared,
                                                 const GemmSharedMemory& memory, int group) {
+  if (t.direct) return;
   Header& header = *reinterpret_cast<Header*>(shared);
   const int thread = converter_thread<T>(group);
   if (t.run > 0) {

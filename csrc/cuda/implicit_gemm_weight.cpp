@@ -344,7 +344,7 @@ class ImplicitGemmWeight final : public Algorithm {
     const auto& [size, stride] = p.output;
     return make_map(data, {size[1], size[3], size[2], size[0]}, {stride[3], stride[2], stride[0]},
                     {kBoxChannels, g.pitch - kReach, 1, 1}, int(element_size(p.dtype)),
-                    CU_TENSOR_MAP_SWIZZLE_128B);
+                    kBoxChannels * 2);
   }
 };
 

@@ -29,7 +29,7 @@ constexpr int kRawPieces = 2 * kMoverWarps, kCopiesAhead = 2;
 // So many rows, of the products that 16 bits need not be promoted for, are summed in the tensor
 // cores.
 constexpr int kPromotedRows = kMostHalfProducts / kStagePixels;
-constexpr int kSwizzledBytes = 1024;  // what boxes of swizzled rows are aligned to
+constexpr int kBoxAlignment = 1024;  // of boxes of swizzled rows
 
 // Where a block works.
 struct Place {
@@ -138,9 +138,9 @@ struct Traits {
   static constexpr int kPieceBytes = kOctetsOfPiece * kOctet * weight_raw_pitch(kMostPitch) * 2;
   static constexpr int kInputBytes =
       kHalf ? kRawPieces * kPieceBytes : kConverterGroups * kGroupFloats * 4;
-  static constexpr int kRawAt = (kHeader + kParts * kPartBytes + kInputBytes + kSwizzledBytes - 1) /
-                                kSwizzledBytes * kSwizzledBytes;
-  static_assert(!kHalf || kRawBytes % kSwizzledBytes == 0);
+  static constexpr int kRawAt = (kHeader + kParts * kPartBytes + kInputBytes + kBoxAlignment - 1) /
+                                kBoxAlignment * kBoxAlignment;
+  static_assert(!kHalf || kRawBytes % kBoxAlignment == 0);
   static constexpr int kRoom = (kMaxSharedMemory - kRawAt) / kRawBytes;
   static constexpr int kStages = kRoom < kMaxStages ? kRoom : kMaxStages;
   static_assert(kStages >= 2);

@@ -25,13 +25,12 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
 }
 
 // Of elements of four bytes, or of two. Sizes and strides (in elements, the innermost is 1)
-// innermost dimension first. Boxes' rows of 128 bytes may be swizzled: of row i, chunk c of 16 bytes
-// lies where c ^ i % 8 would.
+// innermost dimension first. Swizzled: a box's rows are 32, 64 or 128 bytes, whose 16 bytes change
+// places in shared memory.
 template <int kSides>
 CUtensorMap make_map(const void* tensor, const int64_t (&sizes)[kSides],
                      const int64_t (&strides)[kSides - 1], const int (&box)[kSides],
-                     int element_bytes = sizeof(float),
-                     CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE) {
+                     int element_bytes = sizeof(float), int swizzled_bytes = 0) {
   cuuint64_t map_sizes[kSides], map_strides[kSides - 1];
   cuuint32_t map_box[kSides], steps[kSides];
   for (int i = 0; i < kSides; ++i) {
@@ -43,6 +42,10 @@ CUtensorMap make_map(const void* tensor, const int64_t (&sizes)[kSides],
   CUtensorMap map;
   const auto type =
       element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const auto swizzle = swizzled_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : swizzled_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                       : swizzled_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                              : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult result =
       encode_function()(&map, type, kSides, const_cast<void*>(tensor), map_sizes, map_strides,
                         map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,

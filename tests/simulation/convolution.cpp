@@ -107,6 +107,11 @@ Window random_window(Random& random, const std::string& theme) {
     if (theme == "rows") window.size = {random.between(1, 3), 64 * random.between(1, 6)};
     return window;
   }
+  if (theme == "joined") {  // images as rows, which begin anywhere
+    window = {{}, {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+    window.size = {random.between(2, 9), random.between(2, 19)};
+    return window;
+  }
   window.size = {random.between(4, 20), random.between(4, 60)};
   if (theme == "patches") window.size = {4 * random.between(1, 4), random.between(6, 100)};
   if (theme == "boxes") window.size = {2 * random.between(1, 4), random.between(64, 400)};
@@ -159,10 +164,12 @@ Convolution random_convolution(Random& random, const std::string& theme) {
     const int groups = random.one_in(6) ? 2 : 1;
     const bool last = theme == "last" || (theme == "any" && random.one_in(6));
     const auto channels = [&] {
-      if (theme == "kinds" && random.one_in(2)) return groups * 16 * random.between(1, 2);
+      if (theme == "kinds" && !random.one_in(4)) return groups * 16 * random.between(1, 2);
+      if (theme == "joined") return groups * (16 << random.between(0, 2));
       return groups * (last || random.one_in(2) ? 8 * random.between(1, 4) : random.between(1, 20));
     };
-    const int64_t images = random.between(1, theme == "images" ? 20 : 3), in_channels = channels();
+    const int64_t images = random.between(1, theme == "images" || theme == "joined" ? 20 : 3),
+                  in_channels = channels();
     // Rows of the weight enough for two blocks of them, sometimes.
     const int64_t out_channels = random.one_in(6) ? groups * random.between(65, 150) : channels();
     const auto tensor = [&](int64_t channels, const Pair& size) {

@@ -14,15 +14,14 @@ namespace {
 
 constexpr int kMostSides = 5, kGranule = 16;  // bytes
 constexpr uint32_t kLargestBox = 256;
-constexpr int kBulkAlignment = 16, kBoxAlignment = 128, kSwizzledAlignment = 1024;  // bytes
+constexpr int kBulkAlignment = 16, kBoxAlignment = 128;  // bytes
 
 // What a CUtensorMap holds here: sizes, strides in bytes, the innermost dimension first.
 struct Map {
   uint8_t* tensor;
   int64_t sizes[kMostSides], strides[kMostSides];
-  int32_t sides, element_bytes;
+  int32_t sides, element_bytes, swizzled_bytes;
   uint16_t box[kMostSides];
-  bool swizzled;  // rows of 128 bytes, by their addresses in shared memory
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
@@ -55,9 +54,11 @@ int64_t for_box(const Map& map, const int32_t* place, uint8_t* shared, bool whol
   int64_t elements = 1;
   for (int i = 0; i < map.sides; ++i) elements *= map.box[i];
   check_shared(shared, elements * bytes);
-  if (!is_aligned(shared, map.swizzled ? kSwizzledAlignment : kBoxAlignment))
-    fail("a box at an odd address of shared memory");
+  if (!is_aligned(shared, kBoxAlignment)) fail("a box at an odd address of shared memory");
   if (place[0] * bytes % kGranule != 0) fail("a box that begins within 16 bytes");
+  const uint32_t begin = uint32_t(shared - shared_memory);
+  if (map.swizzled_bytes > 0 && map.box[0] * bytes != map.swizzled_bytes)
+    fail("a swizzled box of other rows");
   for (int64_t element = 0; element < elements; ++element) {
     int64_t rest = element, offset = 0;
     bool inside = true;
@@ -68,9 +69,8 @@ int64_t for_box(const Map& map, const int32_t* place, uint8_t* shared, bool whol
       inside &= first >= 0 && first < map.sizes[i];
       offset += at * map.strides[i];
     }
-    int64_t at = element * bytes;
-    if (map.swizzled) at ^= (at / 128 % 8) * kGranule;
-    visit(inside ? map.tensor + offset : nullptr, shared + at);
+    visit(inside ? map.tensor + offset : nullptr,
+          shared_memory + swizzle_place(begin + uint32_t(element * bytes), map.swizzled_bytes));
   }
   return elements * bytes;
 }
@@ -90,11 +90,10 @@ CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t sides, voi
   Map map{};
   map.tensor = static_cast<uint8_t*>(tensor);
   map.sides = int32_t(sides);
+  map.swizzled_bytes = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0 : 16 << int(swizzle);
   map.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2 : 4;
-  map.swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   bool legal = sides <= kMostSides && is_aligned(tensor, kBulkAlignment) &&
-               box[0] * map.element_bytes % kGranule == 0 &&
-               (!map.swizzled || box[0] * map.element_bytes == 128);
+               box[0] * map.element_bytes % kGranule == 0;
   for (cuuint32_t i = 0; legal && i < sides; ++i) {
     const cuuint64_t stride = i == 0 ? cuuint64_t(map.element_bytes) : strides[i - 1];
     legal = sizes[i] >= 1 && sizes[i] <= cuuint64_t{1} << 32 && box[i] >= 1 &&

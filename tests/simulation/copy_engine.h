@@ -15,6 +15,12 @@ namespace simulation {
 constexpr uint32_t kPoison = 0x7fad7fad;
 void watch_result(const void* begin, const void* end, int element_bytes);
 
+// Where a byte of shared memory is put if rows of so many bytes are swizzled; 0: they are not.
+constexpr uint32_t swizzle_place(uint32_t place, int swizzled_bytes) {
+  const uint32_t octets = uint32_t(swizzled_bytes) / 16;
+  return octets == 0 ? place : place ^ (place >> 7 & (octets - 1)) << 4;
+}
+
 void load_bulk(void* destination, const void* source, uint32_t bytes);
 // Returns the bytes of the box.
 int64_t load_box(void* destination, const CUtensorMap& map, const int32_t (&place)[4]);

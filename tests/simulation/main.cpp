@@ -42,6 +42,7 @@ void count_kinds(Coverage& coverage, const Convolution& c, const GemmPlan& plan,
   count("halves_octets_apart", g.is_half() && bulk && t.octets_apart);
   count("halves_boxed", g.is_half() && boxed);
   count("halves_by_octets", t.by_octets && !source_moved);
+  count("halves_direct", t.direct && !source_moved);
   count("halves_across", t.across && !result_moved);
   count("groups", g.groups > 1);
   count("row_classes", g.row_classes > 1);
@@ -50,10 +51,8 @@ void count_kinds(Coverage& coverage, const Convolution& c, const GemmPlan& plan,
   count("deep", t.depth > 1);
   count("resident", t.resident_bytes > 0);
   count("rows_128", t.row_tile == 128);
-  for (const int columns : kFloatColumns)
-    count("columns_" + std::to_string(columns), t.columns == columns && !g.is_half());
-  for (const int columns : kHalfColumns)
-    count("halves_" + std::to_string(columns), t.columns == columns && g.is_half());
+  count((g.is_half() ? "halves_" : "columns_") + std::to_string(t.columns), true);
+  count("four_consumers", t.consumers == 4);
   count("snug", snug_source || snug_result);
   count("by_cells", !bulk);
   for (const int run : {0, 1, 2, 4}) count("bulk_run_" + std::to_string(run), bulk && t.run == run);

@@ -30,15 +30,15 @@ std::optional<GemmPlan> random_plan(Random& random, const Convolution& convoluti
   const CellChoice cells{block(),          block(), random.between(1, 2), !random.one_in(4), coin(),
                          random.one_in(3), coin()};
   if (!describe_cells(convolution.problem, cells, g)) return {};
-  const auto all = gemm_columns(g.element_bytes);
-  const int columns = all[size_t(random.between(0, int(all.size()) - 1))];
-  const std::vector<int> parts = row_parts(g, columns);
+  const auto all = gemm_shapes(g.element_bytes);
+  const GemmShape shape = all[size_t(random.between(0, int(all.size()) - 1))];
+  const std::vector<int> parts = row_parts(g, shape.columns);
   const int most =
       cells.octets == 1 ? 1 : std::min(kMaxStageSums / g.block_sums, 2 * g.sum_blocks - 1);
   int depth = 1;
   while (depth * 2 <= most && coin()) depth *= 2;
   const TileChoice choice{
-      coin() && g.class_rows > 64 ? 128 : 64, columns,
+      coin() && g.class_rows > 64 ? 128 : 64, shape,
       random.one_in(3) ? parts.front() : parts[random.between(0, int(parts.size()) - 1)], depth,
       coin()};
   if (!make_tile(g, choice, can_copy_bulk(g), t)) return {};

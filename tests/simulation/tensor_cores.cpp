@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "block.h"
+#include "copy_engine.h"
 
 namespace simulation {
 namespace {
@@ -41,19 +42,25 @@ const std::vector<float>& bfloats() {
   return values;
 }
 
-// The operand's element k of all rows, which follow each other in octets of 16 bytes.
-void read_operand(uint32_t descriptor, int rows, bool bfloat16, float (*values)[kMostColumns]) {
-  const uint32_t begin = (descriptor & 0x3fff) * 16, plane = (descriptor >> 16 & 0x3fff) * 16;
-  if (begin + plane + rows * 16 > uint32_t(shared_bytes)) fail("an operand ends behind the memory");
+// The operand's element k of all rows: octets of 16 bytes which follow each other, or, swizzled,
+// rows of 32, 64 or 128 bytes, where their octets have changed places.
+void read_operand(uint32_t descriptor, uint32_t layout, int rows, bool bfloat16,
+                  float (*values)[kMostColumns]) {
+  const uint32_t begin = (descriptor & 0x3fff) * 16, eight_rows = (layout & 0x3fff) * 16;
+  const uint32_t swizzle = layout >> 30;
+  const uint32_t plane = swizzle ? 16 : (descriptor >> 16 & 0x3fff) * 16;
+  const int swizzled_bytes = swizzle ? 256 >> swizzle : 0;
+  if (begin + plane + rows / 8 * eight_rows > uint32_t(shared_bytes))
+    fail("an operand ends behind the memory");
   const float* const value = (bfloat16 ? bfloats() : halves()).data();
-  for (int k = 0; k < kDepth; ++k) {
-    const uint8_t* from = shared_memory + begin + k / kOctet * plane + k % kOctet * 2;
-    for (int row = 0; row < rows; ++row, from += 16) {
+  for (int k = 0; k < kDepth; ++k)
+    for (int row = 0; row < rows; ++row) {
+      const uint32_t at = begin + row / 8 * eight_rows + row % 8 * (eight_rows / 8) +
+                          k / kOctet * plane + k % kOctet * 2;
       uint16_t bits;
-      std::memcpy(&bits, from, 2);
+      std::memcpy(&bits, shared_memory + swizzle_place(at, swizzled_bytes), 2);
       values[k][row] = value[bits];
     }
-  }
 }
 
 // Element k of all columns: eight columns are a cell's, k's follow each other in eights.
@@ -116,10 +123,11 @@ void multiply_together(float* d, int columns, uint32_t a, uint32_t b, bool accum
 
 }  // namespace
 
-void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, bool bfloat16) {
+void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, bool bfloat16,
+              uint32_t b_layout) {
   multiply_together(d, columns, a, b, accumulate, [&](const Warpgroup&) {
-    read_operand(a, kRows, bfloat16, left);
-    read_operand(b, columns, bfloat16, right);
+    read_operand(a, kPlainLayout, kRows, bfloat16, left);
+    read_operand(b, b_layout, columns, bfloat16, right);
   });
 }
 

@@ -25,6 +25,13 @@ __device__ __forceinline__ Matrix matrix(uint32_t address, uint32_t plane) {
   return {(address & 0x3ffff) >> 4 | plane >> 4 << 16};
 }
 
+// The same with another upper word: where eight rows are further apart, and swizzled.
+struct LaidMatrix {
+  uint32_t low, high;
+
+  __device__ uint64_t descriptor() const { return uint64_t(high) << 32 | low; }
+};
+
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -74,7 +81,8 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // `accumulate` 0 starts a sum: D = A · B. Operand numbers follow the N / 2 registers.
 #define CONVOPS_WGMMA(name, type, n, registers, outputs, a_number, b_number, accumulate_number) \
-  __device__ __forceinline__ void name(float (&d)[n / 2], Matrix a, Matrix b, int accumulate) { \
+  template <typename B>                                                                         \
+  __device__ __forceinline__ void name(float (&d)[n / 2], Matrix a, B b, int accumulate) {      \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                          \
                  ", 0;\n"                                                                       \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers \

@@ -15,6 +15,10 @@ inline Matrix matrix(uint32_t address, uint32_t plane) {
   return {(address & 0x3ffff) >> 4 | plane >> 4 << 16};
 }
 
+struct LaidMatrix {
+  uint32_t low, high;
+};
+
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 template <int kPending>
@@ -25,8 +29,12 @@ void wgmma(float (&d)[kRegisters], Matrix a, Matrix b, int accumulate) {
   simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0, false);
 }
 template <int kRegisters>
-void wgmma_bf16(float (&d)[kRegisters], Matrix a, Matrix b, int accumulate) {
-  simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0, true);
+void wgmma(float (&d)[kRegisters], Matrix a, LaidMatrix b, int accumulate) {
+  simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0, false, b.high);
+}
+template <int kRegisters>
+void wgmma_bf16(float (&d)[kRegisters], Matrix a, LaidMatrix b, int accumulate) {
+  simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0, true, b.high);
 }
 
 // The words of a descriptor, as there.
