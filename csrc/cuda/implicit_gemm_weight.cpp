@@ -161,14 +161,27 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   return g;
 }
 
+int64_t part_bytes(const ConvProblem& p) { return p.weight.numel() * int64_t(sizeof(float)); }
+
+// Of a block's rows of so many cycles, or of what memory moves, where it moves a fraction of what
+// it could.
+double estimate_rows(const ConvProblem& p, const WeightGemm& g, double row, double fraction,
+                     const Device& device) {
+  constexpr double kFlopsOfCycle = 256;
+  const double clock = device.fp32_flops / (kFlopsOfCycle * device.processors);
+  const int64_t waves = ceil_divide(int64_t{g.tiles()} * g.splits, device.processors);
+  const double rows = double(waves) * double(ceil_divide(g.rows, g.splits));
+  return std::max(rows * row / clock, p.bytes() / (device.bandwidth * fraction));
+}
+
 // Seconds, by cycles of a row: of the tensor cores, or of those that prepare it (to gather phases
 // of the input takes longer). Rows that share a stage save little. Measured on an H200.
-double estimate(const ConvProblem& p, const WeightGemm& g, const WeightTile& tile,
-                const Device& device) {
+double estimate_float(const ConvProblem& p, const WeightGemm& g, const WeightTile& tile,
+                      const Device& device) {
   constexpr double kMultiply = 2.1, kPromote = 400, kGather = 1900, kLaunchSeconds = 25e-6;
   constexpr double kPrepare = 3200, kSharedSaves = 0.1, kIeeeShared = 1.15;
   constexpr double kPrepareLayers = 4900, kIeeeLayers = 5600;
-  constexpr double kFlopsOfCycle = 256, kBandwidthFraction = 0.65, kLayersFraction = 0.8;
+  constexpr double kBandwidthFraction = 0.65, kLayersFraction = 0.8;
   const bool layered = tile.layers > 1, ieee = products(p) == 3;
   const int columns = tile.window() * tile.octets * kOctet;
   const int steps = (g.pitch - kReach) / kStepPixels;
@@ -179,12 +192,30 @@ double estimate(const ConvProblem& p, const WeightGemm& g, const WeightTile& til
   if (g.stage_rows > 1)
     prepare *= (1 - kSharedSaves * (g.stage_rows - 1)) * (ieee ? kIeeeShared : 1);
   if (g.phases() > 1) prepare += kGather;
-  const double row = std::max(multiply, prepare);
-  const double clock = device.fp32_flops / (kFlopsOfCycle * device.processors);
-  const int64_t waves = ceil_divide(int64_t{g.tiles()} * g.splits, device.processors);
-  const double rows = double(waves) * double(ceil_divide(g.rows, g.splits));
   const double fraction = layered ? kLayersFraction : kBandwidthFraction;
-  return kLaunchSeconds + std::max(rows * row / clock, p.bytes() / (device.bandwidth * fraction));
+  const double parts = 2 * double(g.splits * part_bytes(p)) / device.bandwidth;
+  return kLaunchSeconds + parts +
+         estimate_rows(p, g, std::max(multiply, prepare), fraction, device);
+}
+
+// The same of 16 bits, where instructions take as long as if columns were multiples of 32, 16
+// channels of a row are prepared at a time, and small blocks take most of their time to store parts
+// of many numbers a thread.
+double estimate_half(const ConvProblem& p, const WeightGemm& g, const WeightTile& tile,
+                     const Device& device) {
+  constexpr double kMultiply = 1.35, kInstruction = 45, kRow = 300, kLaunchSeconds = 15e-6;
+  constexpr double kBandwidthFraction = 0.65, kPartsFraction = 0.07;
+  constexpr int kPieceChannels = 16, kColumns = 32;
+  const int64_t columns = round_up(tile.window() * tile.octets * kOctet, kColumns);
+  const int steps = (g.pitch - kReach) / kStepPixels;
+  const double multiply = steps * tile.kernel_w * (kMultiply * columns + kInstruction) + kRow;
+  const double piece = g.input_way == InputWay::kBoxes    ? 1070
+                       : g.input_way == InputWay::kOctets ? 690
+                                                          : 5300.0 * g.pitch / kMostPitch;
+  const double prepare = piece * tile.layers * ceil_divide(tile.slot_channels(), kPieceChannels);
+  const double parts = double(g.splits * part_bytes(p)) / (device.bandwidth * kPartsFraction);
+  return kLaunchSeconds + parts +
+         estimate_rows(p, g, std::max(multiply, prepare), kBandwidthFraction, device);
 }
 
 bool fits(const ConvProblem& p, const WeightTile& tile) {
@@ -197,7 +228,6 @@ bool fits(const ConvProblem& p, const WeightTile& tile) {
   return (taps - 1) * p.dilation.w <= kReach;
 }
 
-int64_t part_bytes(const ConvProblem& p) { return p.weight.numel() * int64_t(sizeof(float)); }
 // A byte a block.
 int64_t flag_bytes(const WeightGemm& g) { return round_up(int64_t{g.tiles()} * g.splits, 256); }
 int64_t workspace_bytes(const ConvProblem& p, const WeightGemm& g) {
@@ -212,7 +242,8 @@ std::optional<Plan> make_plan(const ConvProblem& p, const Device& device, int64_
   for (const WeightTile& tile : tiles) {
     if (!fits(p, tile)) continue;
     const WeightGemm gemm = describe(p, tile, device.processors, parts);
-    const double seconds = estimate(p, gemm, tile, device);
+    const double seconds =
+        is_half(p) ? estimate_half(p, gemm, tile, device) : estimate_float(p, gemm, tile, device);
     if (!best || seconds < best->seconds) best = {tile, gemm, seconds};
   }
   return best;
@@ -252,8 +283,7 @@ class ImplicitGemmWeight final : public Algorithm {
 
   double cost(const ConvProblem& problem, const Device& device) const override {
     const ConvProblem p = join_rows(problem);
-    const Plan plan = *make_plan(p, device, INT64_MAX);
-    return plan.seconds + 2 * double(plan.gemm.splits * part_bytes(p)) / device.bandwidth;
+    return make_plan(p, device, INT64_MAX)->seconds;
   }
 
   WorkspaceRange workspace(const ConvProblem& problem, const Device& device) const override {

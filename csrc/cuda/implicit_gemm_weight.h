@@ -69,12 +69,8 @@ struct WeightTile {
   constexpr int mirrored() const { return layers > 1 ? 0 : window() - 1; }
   // (Of 16 bits as many as kHalfCellBytes have room for.)
   constexpr int slots(bool half) const {
-    const int least = 2 * window() + 2;  // of 16 bits: a run's end, the next one's begin
     if (half)
-      return mirrored() +
-             std::max(least,
-                      std::min(kMaxRing,
-                               kHalfCellBytes / (slot_channels() * kMostPitch * 2) - mirrored()));
+      return std::min(kMaxRing + mirrored(), kHalfCellBytes / (slot_channels() * kMostPitch * 2));
     return layers > 1 ? 2 * window() : window() + 2 + mirrored();
   }
   constexpr bool operator==(const WeightTile&) const = default;

@@ -138,18 +138,6 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
   int box = 0;         // the row's in the stage
   Stage slot, newest;  // of the row's first tap, and the next that is to come
   int come = 0;        // slots from the first tap's that are known to be full
-  // Gives back so many slots before that, and the stage before if that has ended.
-  const auto release = [&](int slots, bool stage_too) {
-    if (stage_too)
-      ptx::barrier_arrive(&header.raw_empty[(stage.index > 0 ? stage.index : T::kStages) - 1]);
-    for (int i = slot.index - slots; i < slot.index; ++i)
-      if (lane == 0) ptx::barrier_arrive(&header.cells_empty[i < 0 ? i + ring : i]);
-  };
-  // Of 16 bits the tensor cores go on with the next row while a row's slots are given back. (There
-  // its first step needs other registers than the row's last: an even number of steps.)
-  constexpr bool kGoesOn = T::kHalf && !T::kTile.narrow;
-  int kept = 0;          // slots of the row before
-  GradStep<T> steps[2];  // the tensor cores read one while the other is loaded
   for (Rows row(g, place); !row.done();) {
     for (; come < T::kWindow; ++come, newest.next(ring))
       ptx::barrier_wait(&header.cells_full[newest.index], newest.parity);
@@ -168,6 +156,7 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
     }
     const ptx::Cells window = all_cells + slot.index * (T::kOctets * pitch);
 
+    GradStep<T> steps[2];  // the tensor cores read one while the other is loaded
     constexpr int kSteps = T::kGeneral ? 2 : kStagePixels / kStepPixels;  // at once
     const int end = T::kGeneral ? min(kStagePixels, g.out_width - row.x) : kStagePixels;
     for (int first = 0; first < end; first += kSteps * kStepPixels)
@@ -198,7 +187,6 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
-        if (kGoesOn && pixel == 0 && kept > 0) release(kept, true);
       }
     // What a sum of each slot is worth, read by the lane that says later that the slot is free.
     float worth[T::kWindow];
@@ -209,22 +197,18 @@ __device__ __forceinline__ void run_consumers(const WeightGemm& g, const WeightO
           T::kHalf ? 1 : __shfl_sync(~0u, lane == 0 ? header.cells_unit[tap_slot.index] : 0.f, 0);
       tap_slot.next(ring);
     }
-    if constexpr (!kGoesOn) ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<0>();
     // The row's first tap is nobody else's, at a run's end all are, and layers always.
-    kept = row.next(g) || row.done() || T::kLayered ? T::kWindow : 1;
-    come -= kept;
-    for (int i = 0; i < kept; ++i) slot.next(ring);
-    const bool ends_stage = ++box == T::stage_rows(g);
-    if (ends_stage) {
+    const bool ends = row.next(g) || row.done() || T::kLayered;
+    if (++box == T::stage_rows(g)) {
+      ptx::barrier_arrive(&header.raw_empty[stage.index]);
       stage.next(T::kStages);
       box = 0;
     }
-    if constexpr (!kGoesOn) release(kept, ends_stage);
+    for (int left = ends ? T::kWindow : 1; left > 0; --left, --come, slot.next(ring))
+      if (lane == 0) ptx::barrier_arrive(&header.cells_empty[slot.index]);
     if constexpr (T::kHalf) {
-      if (++summed % kPromotedRows == 0 || row.done()) {
-        ptx::wgmma_wait<0>();
-        store(sums);
-      }
+      if (++summed % kPromotedRows == 0 || row.done()) store(sums);
     } else {
 #pragma unroll
       for (int of = 0; of < T::kWindow; ++of) {

@@ -102,11 +102,10 @@ struct Traits {
   // Of 16 bits, of a slot:
   static constexpr int kOctetsOfPiece = kBlockOctets < kPieceOctets ? kBlockOctets : kPieceOctets;
   static constexpr int kPieces = kBlockOctets / kOctetsOfPiece;
-  // Consumers may keep a window while they wait for the next, and a warp has begun so many pieces
-  // more than it has announced: there must be slots for both.
-  static_assert(!kHalf ||
-                kSlots - tile.mirrored() >=
-                    2 * tile.window() + (kCopiesAhead * kMoverWarps + kPieces - 1) / kPieces);
+  // Consumers wait for a window while a warp has begun so many pieces more than it has announced:
+  // there must be slots for both.
+  static_assert(!kHalf || kSlots - tile.mirrored() >=
+                              tile.window() + (kCopiesAhead * kMoverWarps + kPieces - 1) / kPieces);
   // Cells of a slot or of several narrow ones, a thread's each.
   static constexpr int kCells = kStagePixels + (kKernelW > 1 ? kReach : 0);
   // Warps that find grad_output's scales, of which one thread loads it too, and that convert the
