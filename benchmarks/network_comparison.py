@@ -250,8 +250,9 @@ def summary(rows: list[NetworkRow]) -> list[str]:
     """Geometric mean and worst ratio over the networks, of each kind of pass."""
     return report.ratio_summary(
         rows,
-        lambda row: f"{row.work}, batch {row.batch}, {row.precision}, {row.layout}, "
-        f"{row.execution}",
+        lambda row: (
+            f"{row.work}, batch {row.batch}, {row.precision}, {row.layout}, {row.execution}"
+        ),
         lambda row: row.network,
     )
 

@@ -116,8 +116,9 @@ def summary(rows: Sequence[Row]) -> list[str]:
     """Geometric mean and worst ratio of each group of rows that one may compare."""
     return ratio_summary(
         rows,
-        lambda row: f"{row.algorithm}, {DIRECTION_NAMES[row.direction]}, {row.precision}, "
-        f"{row.layout}",
+        lambda row: (
+            f"{row.algorithm}, {DIRECTION_NAMES[row.direction]}, {row.precision}, {row.layout}"
+        ),
         lambda row: row.problem,
     )
 

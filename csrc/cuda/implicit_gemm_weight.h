@@ -82,9 +82,10 @@ inline constexpr WeightTile kFloatWeightTiles[] = {
     {3, 3, 2, 1, true, false}, {5, 3, 1, 1, true, false}, {5, 3, 1, 1, false, false},
     {3, 3, 2, 1, true, true},  {5, 3, 1, 1, false, true}, {1, 1, 2, 4, true, false}};
 // Of 16 bits there are no totals, and twice as many sums.
+// (The first of those that are as fast by estimate is taken.)
 inline constexpr WeightTile kHalfWeightTiles[] = {
-    {3, 3, 2, 1, true, false}, {3, 3, 4, 1, true, false},  {3, 3, 4, 1, false, false},
-    {5, 3, 2, 1, true, false}, {5, 3, 2, 1, false, false}, {3, 3, 4, 1, true, true},
+    {5, 3, 2, 1, true, false}, {5, 3, 2, 1, false, false}, {3, 3, 2, 1, true, false},
+    {3, 3, 4, 1, true, false}, {3, 3, 4, 1, false, false}, {3, 3, 4, 1, true, true},
     {3, 3, 4, 1, false, true}, {5, 3, 2, 1, false, true},  {1, 1, 2, 4, true, false}};
 
 // A stride s makes s phases of rows and of columns: channel k of the sum is (channel, phase), row y
