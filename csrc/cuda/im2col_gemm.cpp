@@ -52,6 +52,9 @@ constexpr double kTilePixels = 128;
 // col2im's loads are far apart, too, which costs half where the columns stay in L2.
 constexpr double kIm2colPasses = 1, kPassesPerStride = 0.17, kMostPasses = 6, kCol2imPasses = 5.5;
 constexpr double kCachedShare = 0.5, kCachedBytes = 16 << 20;
+// And in backward-weight of 16 bits, where products along the columns are slower, of channels_last
+// more (ResNet-50's layers).
+constexpr double kHalfWeightPasses = 2, kHalfWeightLastPasses = 4;
 constexpr double kPackingPasses = 2;
 constexpr double kLaunchSeconds = 3.4e-6;
 // Where groups are products of their own: a call, at least; a multiprocessor's tile of 64 pixels of
@@ -478,6 +481,8 @@ class Im2colGemm final : public Algorithm {
     double passes = p.direction == Direction::kBackwardInput
                         ? kCol2imPasses * stride
                         : std::min(kIm2colPasses + kPassesPerStride * stride, kMostPasses);
+    if (p.direction == Direction::kBackwardWeight && element_size(p.dtype) == 2)
+      passes += p.input.is_channels_last() ? kHalfWeightLastPasses : kHalfWeightPasses;
     if (p.is_pointwise()) passes = kPackingPasses;
     const double column_bytes = skips_im2col(p) ? 0
                                                 : double(p.groups * p.taps()) * double(p.batch()) *
