@@ -156,7 +156,7 @@ WeightGemm describe(const ConvProblem& p, const WeightTile& tile, int processors
   g.splits = int(std::min(wanted, std::max<int64_t>(1, parts)));
   // Shares that begin at the same rows of all segments (Rows), where that costs few blocks.
   const int even = g.splits / g.segments * g.segments;
-  if (even >= kEvenSplits * g.splits) g.splits = even;
+  if (g.out_height > 1 && even >= kEvenSplits * g.splits) g.splits = even;
   g.smallest = smallest_element(products(p), p.batch() * p.output_pixels(), 1);
   return g;
 }

@@ -42,19 +42,21 @@ __device__ __forceinline__ void load_piece(const WeightGemm& g, const WeightOper
   ptx::barrier_arrive(full);
 }
 
-// Copies grad_output, and the input for the movers, in the order in which they are needed.
+// Copies grad_output, and the input for the movers, in the order in which they are needed: a stage
+// of grad_output behind the first of its rows, for there may not be slots for the others until
+// consumers have begun it.
 template <typename T>
 __device__ __forceinline__ void run_loader(const WeightGemm& g, const WeightOperands& operands,
                                            const Place& place, Header& header, uint8_t* input,
                                            uint8_t* raw) {
   Loader<T> loader(g, place);
   if (g.input_way == InputWay::kBoxes) {
-    int rows = 0;  // since the last stage of grad_output
+    int rows = 0;  // of the stage
     for (Pieces<T> pieces{{Rows(g, place)}}; !pieces.done(); pieces.next(g)) {
       load_piece<T>(g, operands, place, header, pieces, input);
-      if (!pieces.ends_row() || ++rows < T::stage_rows(g)) continue;
-      loader.load(g, operands, header, raw);
-      rows = 0;
+      if (!pieces.ends_row()) continue;
+      if (rows == 0) loader.load(g, operands, header, raw);
+      if (++rows == T::stage_rows(g)) rows = 0;
     }
   }
   while (!loader.done()) loader.load(g, operands, header, raw);

@@ -159,7 +159,7 @@ class Rows {
     const int run =
         row < longer * (shorter + 1) ? row / (shorter + 1) : (row - longer) / max(1, shorter);
     y = run + (row - run * shorter - min(run, longer)) * step;
-    set_column(g.images);
+    set_column(g);
   }
   __device__ bool done() const { return left_ <= 0; }
   // Whether a run begins.
@@ -171,7 +171,7 @@ class Rows {
     if (y >= min(g.dilation_h, g.out_height)) {
       y = 0;
       ++column_;
-      set_column(g.images);
+      set_column(g);
     }
     return true;
   }
@@ -180,11 +180,14 @@ class Rows {
 
  private:
   // A segment's columns, one of each image, follow each other, so that blocks on different segments
-  // read the same rows at the same time: what is fetched at a segment's ends serves both.
-  __device__ void set_column(int images) {
-    const int segment = column_ / images;
-    image = column_ - segment * images;
-    x = segment * kStagePixels;
+  // read the same rows at the same time: what is fetched at a segment's ends serves both. Where an
+  // image is one row its segments do, for the same reason.
+  __device__ void set_column(const WeightGemm& g) {
+    const bool by_segments = g.out_height > 1;
+    const int inner = by_segments ? g.images : g.segments;
+    const int outer = column_ / inner, rest = column_ - outer * inner;
+    image = by_segments ? rest : outer;
+    x = (by_segments ? outer : rest) * kStagePixels;
   }
 
   int column_, left_;
