@@ -405,7 +405,7 @@ int64_t packed_steps(const GemmProblem& gemm, const GemmTile& tile);
 double estimate_gemm(const GemmProblem& gemm, const GemmTile& tile, const Device& device,
                      double bytes);
 // Whether octets of a tensor's channels are 16 aligned bytes.
-bool has_octets(const GemmProblem& gemm, const Tensor4& tensor);
+bool has_octets(int element_bytes, const Tensor4& tensor);
 // Gives up bulk copies, or all but those of an element, for a source whose address they cannot
 // take.
 void copy_by_cells(const GemmProblem& gemm, GemmTile& tile);

@@ -117,6 +117,11 @@ void sort_channels(GemmProblem& g) {
 
 }  // namespace
 
+bool has_octets(int element_bytes, const Tensor4& t) {
+  const auto whole = [&](int i) { return t.stride[i] % kOctet == 0; };
+  return element_bytes == 2 && t.stride[1] == 1 && whole(0) && whole(2) && whole(3);
+}
+
 float smallest_element(int products, int64_t channels, int64_t taps) {
   constexpr double kMany = 64;
   const double unit = products == 3 ? 0x1p-24 : 0x1p-11;

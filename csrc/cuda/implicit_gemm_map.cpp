@@ -10,21 +10,15 @@ namespace convops::cuda {
 
 int source_kinds(const GemmProblem& g) { return 1 << kinds_log(g.source.stride[2], g.vector()); }
 
-bool has_octets(const GemmProblem& g, const Tensor4& t) {
-  const auto whole = [&](int i) { return t.stride[i] % kOctet == 0; };
-  return g.is_half() && t.stride[1] == 1 && whole(0) && whole(2) && whole(3);
-}
-
 // Elements of a row must be neighbours, channels of a kind begin at multiples of 16 bytes, and rows
 // (and channels) follow each other where a box has the end of what is before: what lies between
 // them is not the tensor's. No cell may have elements of both. Of cells that are several elements
 // the phases must be whole channels of a block of the sum, each row of a cell in one kind's box and
 // aligned there to its own length, but for its origin.
 bool can_copy_bulk(const GemmProblem& g) {
-  constexpr int64_t kMaxStride = int64_t{1} << 36;
   const auto& [size, stride] = g.source;
   const int kinds = source_kinds(g), channel_kinds = 1 << g.sum_kinds_log, phases = g.phases();
-  const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
+  const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxMapStride; };
   const bool own = (kinds == 1 || (stride[2] == size[3] && g.w.source_origin == 0)) &&
                    (channel_kinds == 1 || stride[1] == size[2] * stride[2] || stride[1] == size[3]);
   const bool patch = g.sum_classes == 1 && g.block_sums % phases == 0 && g.h.phases % kinds == 0 &&
@@ -56,11 +50,10 @@ void make_source_maps(const GemmProblem& g, const GemmTile& t, const void* sourc
 // The classes of the sum are few, and their elements lie a cell apart. A box has no other group's
 // channels (GemmTile::direct).
 bool can_copy_direct(const GemmProblem& g) {
-  constexpr int64_t kMaxStride = int64_t{1} << 36;
   const auto& [size, stride] = g.source;
-  const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxStride; };
-  return has_octets(g, g.source) && g.octets == kStepOctets && fits(0) && fits(2) && fits(3) &&
-         g.h.source_origin + g.w.source_origin == 0 && g.sum_classes == g.phases() &&
+  const auto fits = [&](int i) { return stride[i] > 0 && stride[i] < kMaxMapStride; };
+  return has_octets(g.element_bytes, g.source) && g.octets == kStepOctets && fits(0) && fits(2) &&
+         fits(3) && g.h.source_origin + g.w.source_origin == 0 && g.sum_classes == g.phases() &&
          g.sum_classes <= kMaxSourceKinds && size[2] >= g.h.phases && size[3] >= g.w.phases;
 }
 

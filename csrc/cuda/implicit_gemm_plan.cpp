@@ -123,8 +123,8 @@ void describe_results(const GemmProblem& g, GemmTile& t) {
   // A box has as many channels as its tensor has, or the group has in whole boxes.
   t.cell_rows = g.groups == 1 ? 64 : std::gcd(g.rows, 64);
   t.across = !t.neighbours && block == 1 && g.h.block == 1 && g.rows % kOctet == 0 &&
-             t.cell_rows >= 16 && has_octets(g, g.result) && stride[0] > 0 && stride[2] > 0 &&
-             stride[3] > 0;
+             t.cell_rows >= 16 && has_octets(g.element_bytes, g.result) && stride[0] > 0 &&
+             stride[2] > 0 && stride[3] > 0;
   t.paired = t.neighbours && block == 1 && (stride[0] | stride[1] | stride[2] | size[3]) % 2 == 0;
   t.row_kinds_log = kinds_log(stride[2], g.vector());
   const int sector = g.sector();
@@ -361,7 +361,7 @@ void store_lines(GemmTile& t) {
 
 void copy_by_cells(const GemmProblem& g, GemmTile& t) {
   t.bulk = false;
-  t.by_octets = !g.mixes_phases() && g.sums % kOctet == 0 && has_octets(g, g.source);
+  t.by_octets = !g.mixes_phases() && g.sums % kOctet == 0 && has_octets(g.element_bytes, g.source);
   t.raw_stages = kConverterGroups;  // each has its own
   t.run = t.source_kinds_log = 0;
   set_raw_channels(g, t, t.depth * g.block_sums);

@@ -25,8 +25,7 @@ namespace {
 // error of large batches. A share of fewer rows is not worth a block's start.
 constexpr int64_t kMostRows = 4096, kFewestRows = 8;
 
-constexpr double kEvenSplits = 0.9;
-
+constexpr double kEvenSplits = 0.9;  // of the blocks, that must be left where shares are even
 constexpr int kVectorBytes = 16;
 constexpr int kWarpRows = 16;  // out channels of a warp: of one kind
 
@@ -77,26 +76,22 @@ RowKinds row_kinds(const ConvProblem& p, const Tensor4& t) {
 
 // What tensor maps want of strides.
 bool maps(const ConvProblem& p, const Tensor4& t, int dimension) {
-  constexpr int64_t kMaxStride = int64_t{1} << 36;
   const int64_t stride = t.stride[dimension];
-  return stride > 0 && stride < kMaxStride && (dimension > 0 || stride % vector(p) == 0);
+  return stride > 0 && stride < kMaxMapStride && (dimension > 0 || stride % vector(p) == 0);
 }
-// Whether octets of channels, of a group too, are 16 aligned bytes.
-bool has_octets(const ConvProblem& p, const Tensor4& t, int64_t group_channels) {
-  const auto whole = [&](int i) { return t.stride[i] % kOctet == 0; };
-  return is_half(p) && t.stride[1] == 1 && whole(0) && whole(2) && whole(3) &&
-         (p.groups == 1 || group_channels % kOctet == 0);
+bool has_octets(const ConvProblem& p, const Tensor4& t) {
+  return cuda::has_octets(int(element_size(p.dtype)), t);
 }
+// Boxes of channels must begin with 16 aligned bytes.
 bool has_grad_channels(const ConvProblem& p) {
-  return has_octets(p, p.output, p.group_out_channels()) && maps(p, p.output, 0) &&
-         maps(p, p.output, 2) && maps(p, p.output, 3);
+  return has_octets(p, p.output) && (p.groups == 1 || p.group_out_channels() % kOctet == 0) &&
+         maps(p, p.output, 0) && maps(p, p.output, 2) && maps(p, p.output, 3);
 }
 
 InputWay input_way(const ConvProblem& p) {
   const Pair phase = phases(p);
   if (phase.h * phase.w > 1) return InputWay::kElements;
-  if (has_octets(p, p.input, p.group_in_channels()) && p.group_in_channels() % kOctet == 0)
-    return InputWay::kOctets;
+  if (has_octets(p, p.input) && p.group_in_channels() % kOctet == 0) return InputWay::kOctets;
   const RowKinds kinds = row_kinds(p, p.input);
   const bool boxes = p.stride.w == 1 && p.input.stride[3] == 1 && maps(p, p.input, 0) &&
                      maps(p, p.input, 1) && maps(p, p.input, 2) &&

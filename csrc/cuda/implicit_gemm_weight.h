@@ -26,6 +26,7 @@ static_assert(kReach >= vector_elements(2) && kReach % 16 == 8 && kStepPixels % 
 // row; the 8 rows of a matrix lie in different banks.
 constexpr int weight_raw_pitch(int pitch) { return pitch + 16; }
 inline constexpr int kMaxRing = 16;  // slots of rows of the input
+// Of 16 bits, of all slots: three stages of grad_output have room beside them.
 inline constexpr int kHalfCellBytes = 112 * 1024;
 
 // Rows of a tensor begin at places in 16 bytes that are of kinds: a channel's, times a row's. Each
@@ -81,8 +82,8 @@ struct WeightTile {
 inline constexpr WeightTile kFloatWeightTiles[] = {
     {3, 3, 2, 1, true, false}, {5, 3, 1, 1, true, false}, {5, 3, 1, 1, false, false},
     {3, 3, 2, 1, true, true},  {5, 3, 1, 1, false, true}, {1, 1, 2, 4, true, false}};
-// Of 16 bits there are no totals, and twice as many sums.
-// (The first of those that are as fast by estimate is taken.)
+// Of 16 bits there are no totals, and twice as many sums. (The first of those that are as fast by
+// estimate is taken.)
 inline constexpr WeightTile kHalfWeightTiles[] = {
     {5, 3, 2, 1, true, false}, {5, 3, 2, 1, false, false}, {3, 3, 2, 1, true, false},
     {3, 3, 4, 1, true, false}, {3, 3, 4, 1, false, false}, {3, 3, 4, 1, true, true},

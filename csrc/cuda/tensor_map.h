@@ -24,6 +24,9 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   return function;
 }
 
+// Of a map, in elements, for which those of four bytes are the limit.
+inline constexpr int64_t kMaxMapStride = int64_t{1} << 36;
+
 // Of elements of four bytes, or of two. Sizes and strides (in elements, the innermost is 1)
 // innermost dimension first. Swizzled: a box's rows are 32, 64 or 128 bytes, whose 16 bytes change
 // places in shared memory.
