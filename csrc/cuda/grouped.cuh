@@ -111,6 +111,7 @@ template <typename Taps, int kProducts, int kTiles>
 __device__ __forceinline__ void add_products(const Columns<Taps, kProducts>& columns,
                                              const WeightFragment<kProducts>* fragments, int stride,
                                              int source, Sums<Taps, kTiles>& sums) {
+  constexpr float kUnscale = unscale(kProducts * Taps::kSize / Taps::kPhases);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile, fragments += Taps::kSize * Taps::kSize * stride) {
     float chain[Taps::kSize][Taps::kPhases][kMmas][4] = {};

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/truncation.h"
 #include "problem.h"
 
 namespace convops::cuda::grouped {
@@ -76,8 +77,11 @@ struct Grouped {
 };
 
 // Both operands are multiplied by this, so that the parts of the smallest subnormal number are
-// normal numbers; sums by its square less.
-constexpr float kScale = 0x1p23f, kUnscale = 0x1p-46f;
+// normal numbers; sums by its square less, and by what chains of so many additions lose more.
+constexpr float kScale = 0x1p23f;
+constexpr float unscale(int additions) {
+  return (1 + ptx::lost_by(float(additions))) / (kScale * kScale);
+}
 
 // A number as TF32 parts: rounded, or rounded and the rest, of which the instruction cuts off what
 // is below the 13th bit. By floating-point operations: those of integers run at half the rate, and

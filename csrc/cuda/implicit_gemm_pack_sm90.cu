@@ -15,6 +15,7 @@
 #include "cuda/check.h"
 #include "cuda/implicit_gemm.h"
 #include "cuda/implicit_gemm_scale.cuh"
+#include "cuda/ptx/truncation.h"
 
 namespace convops::cuda {
 namespace {
@@ -89,12 +90,23 @@ __device__ void read_octet(const GemmProblem& g, const E* weight, const GemmRow&
   }
 }
 
-// High parts and what they leave.
-__device__ void split_octet(const float (&values)[kOctet], float factor, __half2 (&high)[4],
-                            __half2 (&low)[4]) {
+// What sums of so many steps lose until they are promoted: the mean of all products.
+__device__ float mean_loss(int steps, int products) {
+  const int most = promoted_steps(products), rest = steps % most;
+  const float held = float((steps - rest) * most + rest * rest) / float(steps);
+  return ptx::lost_by(float(products) * held);
+}
+
+// High parts and what they leave, of weights as much larger as their sums will become smaller.
+__device__ void split_octet(const float (&values)[kOctet], float factor, float loss,
+                            __half2 (&high)[4], __half2 (&low)[4]) {
+  const auto scaled = [=](float value) {
+    value *= factor;
+    return fmaf(value, loss, value);
+  };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float a = factor * values[2 * i], b = factor * values[2 * i + 1];
+    const float a = scaled(values[2 * i]), b = scaled(values[2 * i + 1]);
     high[i] = __floats2half2_rn(a, b);
     const float2 rounded = __half22float2(high[i]);
     low[i] = __floats2half2_rn(a - rounded.x, b - rounded.y);
@@ -124,6 +136,7 @@ __global__ void __launch_bounds__(kThreads)
   const int phases_h = g.row_classes > 1 ? 1 : g.h.block;
   for (int row_class = 0; row_class < g.row_classes; ++row_class) {
     const int steps = g.steps(row_class), first = g.step_begin[row_class][0];
+    const float loss = mean_loss(steps, g.products);
     for (int phase = 0; phase < phases_h * g.w.block; ++phase) {
       const int row = find_gemm_row(g, channel, phase / g.w.block, phase % g.w.block);
       const GemmRow where = gemm_row(g, row_class, row);
@@ -145,7 +158,7 @@ __global__ void __launch_bounds__(kThreads)
         uint4* const place = packed + (int64_t(step) * planes + plane) * t.row_tile;
         if constexpr (kIsFloat<E>) {
           __half2 high[4], low[4];
-          split_octet(values, scale.factor, high, low);
+          split_octet(values, scale.factor, loss, high, low);
           *place = *reinterpret_cast<const uint4*>(high);
           if (planes > kStepOctets)
             place[kStepOctets * t.row_tile] = *reinterpret_cast<const uint4*>(low);
