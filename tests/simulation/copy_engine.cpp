@@ -21,7 +21,10 @@ struct Map {
   uint8_t* tensor;
   int64_t sizes[kMostSides], strides[kMostSides];
   int32_t sides, element_bytes, swizzled_bytes;
-  uint16_t box[kMostSides];
+  uint16_t box[kMostSides];  // of an im2col map channels and pixels
+  // Of an im2col map, columns and rows: corners beside the tensor; steps, 0 of other maps.
+  int8_t first[2], last[2];
+  uint8_t steps[2];
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
@@ -107,6 +110,34 @@ CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t sides, voi
   return legal ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
+// cuTensorMapEncodeIm2col, of four dimensions.
+CUresult encode_im2col(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t sides, void* tensor,
+                       const cuuint64_t* sizes, const cuuint64_t* strides, const int* first,
+                       const int* last, cuuint32_t channels, cuuint32_t pixels,
+                       const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                       CUtensorMapFloatOOBfill fill) {
+  constexpr cuuint32_t kMostPixels = 1024, kMostStep = 8, kOnes[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {channels, 1, 1, 1};
+  if (sides != 4 || pixels == 0 || pixels > kMostPixels) return CUDA_ERROR_INVALID_VALUE;
+  const CUresult result = encode(to, type, sides, tensor, sizes, strides, box, kOnes, interleave,
+                                 swizzle, promotion, fill);
+  Map map;
+  std::memcpy(&map, to, sizeof map);
+  map.box[1] = uint16_t(pixels);
+  bool legal = result == CUDA_SUCCESS;
+  for (int i = 0; i < 2; ++i) {
+    legal &= first[i] >= -128 && first[i] < 128 && last[i] >= -128 && last[i] < 128 &&
+             steps[i + 1] >= 1 && steps[i + 1] <= kMostStep &&
+             map.sizes[i + 1] + last[i] > first[i];
+    map.first[i] = int8_t(first[i]);
+    map.last[i] = int8_t(last[i]);
+    map.steps[i] = uint8_t(steps[i + 1]);
+  }
+  std::memcpy(to, &map, sizeof map);
+  return legal ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
 void finish(std::vector<std::function<void()>>& copies) {
   for (const auto& copy : copies) copy();
   copies.clear();
@@ -135,6 +166,49 @@ int64_t load_box(void* destination, const CUtensorMap& map, const int32_t (&plac
                    std::memset(to, 0, size_t(plain.element_bytes));
                    if (from) std::memcpy(to, from, size_t(plain.element_bytes));
                  });
+}
+
+// Windows begin from `place` on, row by row of the box of their first pixels, image by image.
+int64_t load_pixels(void* destination, const CUtensorMap& opaque, const int32_t (&place)[4],
+                    const uint16_t (&shift)[2]) {
+  const Map map = read_map(opaque, 4);
+  if (map.steps[0] == 0) fail("a tiled map for pixels");
+  auto* const shared = static_cast<uint8_t*>(destination);
+  const int64_t row_bytes = int64_t{map.box[0]} * map.element_bytes;
+  check_shared(shared, map.box[1] * row_bytes);
+  if (!is_aligned(shared, kBoxAlignment)) fail("a box at an odd address of shared memory");
+  if (map.swizzled_bytes > 0 && row_bytes != map.swizzled_bytes)
+    fail("a swizzled box of other rows");
+  for (int i = 0; i < 2; ++i)
+    if (place[i + 1] < map.first[i] || place[i + 1] >= map.sizes[i + 1] + map.last[i] ||
+        shift[i] > 255)
+      fail("a window that begins outside of all windows");
+  int64_t at[] = {place[1], place[2], place[3]};
+  for (int pixel = 0; pixel < map.box[1]; ++pixel) {
+    const int64_t w = at[0] + shift[0], h = at[1] + shift[1];
+    for (int i = 0; i < map.box[0]; ++i) {
+      const int64_t channel = place[0] + i;
+      const bool inside = channel >= 0 && channel < map.sizes[0] && w >= 0 && w < map.sizes[1] &&
+                          h >= 0 && h < map.sizes[2] && at[2] >= 0 && at[2] < map.sizes[3];
+      uint8_t* const to =
+          shared_memory + swizzle_place(uint32_t(shared - shared_memory + pixel * row_bytes +
+                                                 i * map.element_bytes),
+                                        map.swizzled_bytes);
+      std::memset(to, 0, size_t(map.element_bytes));
+      if (inside)
+        std::memcpy(to,
+                    map.tensor + channel * map.strides[0] + w * map.strides[1] +
+                        h * map.strides[2] + at[2] * map.strides[3],
+                    size_t(map.element_bytes));
+    }
+    for (int i = 0; i < 2; ++i) {  // columns, then rows
+      at[i] += map.steps[i];
+      if (at[i] < map.sizes[i + 1] + map.last[i]) break;
+      at[i] = map.first[i];
+      if (i == 1) ++at[2];
+    }
+  }
+  return map.box[1] * row_bytes;
 }
 
 void store_bulk(void* destination, const void* source, uint32_t bytes) {
@@ -178,8 +252,10 @@ size_t open_stores() {
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, int,
                                              cudaDriverEntryPointQueryResult* result) {
-  using simulation::encode;
-  if (name == std::string_view("cuTensorMapEncodeTiled")) *entry = reinterpret_cast<void*>(encode);
+  if (name == std::string_view("cuTensorMapEncodeTiled"))
+    *entry = reinterpret_cast<void*>(simulation::encode);
+  if (name == std::string_view("cuTensorMapEncodeIm2col"))
+    *entry = reinterpret_cast<void*>(simulation::encode_im2col);
   *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

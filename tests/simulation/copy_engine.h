@@ -24,6 +24,8 @@ constexpr uint32_t swizzle_place(uint32_t place, int swizzled_bytes) {
 void load_bulk(void* destination, const void* source, uint32_t bytes);
 // Returns the bytes of the box.
 int64_t load_box(void* destination, const CUtensorMap& map, const int32_t (&place)[4]);
+int64_t load_pixels(void* destination, const CUtensorMap& map, const int32_t (&place)[4],
+                    const uint16_t (&shift)[2]);
 
 void store_bulk(void* destination, const void* source, uint32_t bytes);
 void store_box(const CUtensorMap& map, const int32_t (&place)[5], const void* source);

@@ -63,6 +63,26 @@ void read_operand(uint32_t descriptor, uint32_t layout, int rows, bool bfloat16,
     }
 }
 
+// Rows of 64 halves, 64 of the operand's rows at a k; the next 64 rows lie a box further.
+void read_turned(uint32_t descriptor, uint32_t layout, int rows, bool bfloat16,
+                 float (*values)[kMostColumns]) {
+  constexpr int kBoxRows = 64, kRowBytes = 128;
+  const uint32_t begin = (descriptor & 0x3fff) * 16, box = (descriptor >> 16 & 0x3fff) * 16;
+  const uint32_t eight_rows = (layout & 0x3fff) * 16;
+  if (layout >> 30 != 1) fail("a turned operand that is not swizzled");
+  if (begin + (rows - 1) / kBoxRows * box + kDepth / kOctet * eight_rows > uint32_t(shared_bytes))
+    fail("an operand ends behind the memory");
+  const float* const value = (bfloat16 ? bfloats() : halves()).data();
+  for (int k = 0; k < kDepth; ++k)
+    for (int row = 0; row < rows; ++row) {
+      const uint32_t at = begin + row / kBoxRows * box + k / kOctet * eight_rows +
+                          k % kOctet * kRowBytes + row % kBoxRows * 2;
+      uint16_t bits;
+      std::memcpy(&bits, shared_memory + swizzle_place(at, kRowBytes), 2);
+      values[k][row] = value[bits];
+    }
+}
+
 // Element k of all columns: eight columns are a cell's, k's follow each other in eights.
 void read_cells(uint32_t low, uint32_t high, int columns, bool bfloat16) {
   const uint32_t begin = (low & 0x3fff) * 16, eights = (low >> 16 & 0x3fff) * 16;
@@ -128,6 +148,14 @@ void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, bo
   multiply_together(d, columns, a, b, accumulate, [&](const Warpgroup&) {
     read_operand(a, kPlainLayout, kRows, bfloat16, left);
     read_operand(b, b_layout, columns, bfloat16, right);
+  });
+}
+
+void multiply_boxes(float* d, int columns, const Boxes& a, const Boxes& b, bool accumulate,
+                    bool bfloat16) {
+  multiply_together(d, columns, a.low, b.low, accumulate, [&](const Warpgroup&) {
+    (a.turned ? read_turned : read_operand)(a.low, a.high, kRows, bfloat16, left);
+    (b.turned ? read_turned : read_operand)(b.low, b.high, columns, bfloat16, right);
   });
 }
 

@@ -12,6 +12,14 @@ constexpr uint32_t kPlainLayout = 8;  // eight rows of 16 bytes follow each othe
 void multiply(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, bool bfloat16,
               uint32_t b_layout = kPlainLayout);
 
+// The same of swizzled boxes, whose rows are the operand's or, turned, k's.
+struct Boxes {
+  uint32_t low, high;  // of the descriptor
+  bool turned;
+};
+void multiply_boxes(float* d, int columns, const Boxes& a, const Boxes& b, bool accumulate,
+                    bool bfloat16);
+
 // The same with the thread's pairs of A, and B in cells, of which these are the descriptor's words.
 void multiply_cells(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,
                     bool accumulate, bool bfloat16);

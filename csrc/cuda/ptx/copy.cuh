@@ -80,6 +80,21 @@ __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap* m
                                     destination, map, place, barrier);
 }
 
+// Pixels of a tensor in channels_last, as an im2col map walks them (make_im2col_map): from `place`
+// on (channel, column, row and image of the first pixel of a window), each shifted by (column, row)
+// of the window. The barrier expects their bytes.
+__device__ __forceinline__ void copy_pixels(void* destination, const CUtensorMap* map,
+                                            const int32_t (&place)[4], const uint16_t (&shift)[2],
+                                            uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(
+          uint32_t(__cvta_generic_to_shared(destination))),
+      "l"(map), "r"(uint32_t(__cvta_generic_to_shared(barrier))), "r"(place[0]), "r"(place[1]),
+      "r"(place[2]), "r"(place[3]), "h"(shift[0]), "h"(shift[1])
+      : "memory");
+}
+
 // Multiples of 16 bytes, or a box, from shared to global memory, by one thread; it commits its
 // copies in groups and waits until all but kPending groups have been read, or all are written.
 __device__ __forceinline__ void store_bulk(void* destination, const void* source, uint32_t bytes) {

@@ -1,6 +1,6 @@
 // What tensor cores do to a sum: each addition to one that is not zero cuts off what it has no bits
-// for, towards zero. Of a single convolution that is far below what fp32 sums are off anyway, but it
-// has a direction: in a network in inference, gains below 1 multiply from layer to layer.
+// for, towards zero. Of a single convolution that is far below what fp32 sums are off anyway, but
+// it has a direction: in a network in inference, gains below 1 multiply from layer to layer.
 #pragma once
 
 namespace convops::cuda::ptx {

@@ -101,6 +101,43 @@ CONVOPS_WGMMA(wgmma, "f16", 160, CONVOPS_R9, CONVOPS_D9, "%80", "%81", "%82")
 CONVOPS_WGMMA_HALVES(wgmma, "f16")
 CONVOPS_WGMMA_HALVES(wgmma_bf16, "bf16")
 
+// Both operands in boxes that the copy engine swizzled: rows of 64 halves, 128 bytes, begin at
+// multiples of 1024 bytes. A row is the operand's, 64 k's of it (the next 16 k's are 32 bytes
+// further), or, turned, a k, with 64 of the operand's rows (the next 16 k's are 16 rows further;
+// the next 64 rows are in a box of their own, `box` bytes after the first).
+inline constexpr int kBoxRowBytes = 128;
+__device__ __forceinline__ LaidMatrix boxes(uint32_t address, uint32_t box) {
+  constexpr uint32_t kEightRows = 8 * kBoxRowBytes, kSwizzle128 = 1;
+  return {(address & 0x3ffff) >> 4 | box >> 4 << 16, kSwizzle128 << 30 | kEightRows >> 4};
+}
+// So many k's further.
+template <bool kTurned>
+__device__ __forceinline__ LaidMatrix skip(LaidMatrix matrix, int k) {
+  return {matrix.low + k * (kTurned ? kBoxRowBytes : 2) / 16, matrix.high};
+}
+#define CONVOPS_WGMMA_BOXES(name, type, n, registers, outputs, a_number, b_number,              \
+                            accumulate_number, turned_a, turned_b)                              \
+  template <bool kTurnedA, bool kTurnedB>                                                       \
+  __device__ __forceinline__ void name(float (&d)[n / 2], LaidMatrix a, LaidMatrix b,           \
+                                       int accumulate) {                                        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                          \
+                 ", 0;\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers \
+                 "}, " a_number ", " b_number ", p, 1, 1, " turned_a ", " turned_b ";\n}\n"     \
+                 : outputs                                                                      \
+                 : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate), "n"(kTurnedA),    \
+                   "n"(kTurnedB));                                                              \
+  }
+#define CONVOPS_WGMMA_ALL_BOXES(name, type)                                                       \
+  CONVOPS_WGMMA_BOXES(name, type, 64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34", "%35", "%36")  \
+  CONVOPS_WGMMA_BOXES(name, type, 128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66", "%67", "%68") \
+  CONVOPS_WGMMA_BOXES(name, type, 192, CONVOPS_R11, CONVOPS_D11, "%96", "%97", "%98", "%99",      \
+                      "%100")                                                                     \
+  CONVOPS_WGMMA_BOXES(name, type, 256, CONVOPS_R15, CONVOPS_D15, "%128", "%129", "%130", "%131",  \
+                      "%132")
+CONVOPS_WGMMA_ALL_BOXES(wgmma_boxes, "f16")
+CONVOPS_WGMMA_ALL_BOXES(wgmma_boxes_bf16, "bf16")
+
 // An operand B in shared memory as it lies in cells, without swizzle: rows of 8 halves (16 bytes)
 // are eight columns of B at one k, those of the next k follow, the next eight columns lie `plane`
 // bytes after the first. Adding i moves the operand by i k's.

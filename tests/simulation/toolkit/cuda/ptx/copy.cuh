@@ -39,6 +39,10 @@ inline void copy_box(void* destination, const CUtensorMap* map, const int32_t (&
                      uint64_t* barrier) {
   simulation::complete_bytes(barrier, simulation::load_box(destination, *map, place));
 }
+inline void copy_pixels(void* destination, const CUtensorMap* map, const int32_t (&place)[4],
+                        const uint16_t (&shift)[2], uint64_t* barrier) {
+  simulation::complete_bytes(barrier, simulation::load_pixels(destination, *map, place, shift));
+}
 inline void store_bulk(void* destination, const void* source, uint32_t bytes) {
   simulation::store_bulk(destination, source, bytes);
 }

@@ -37,6 +37,24 @@ void wgmma_bf16(float (&d)[kRegisters], Matrix a, LaidMatrix b, int accumulate) 
   simulation::multiply(d, 2 * kRegisters, a.low, b.low, accumulate != 0, true, b.high);
 }
 
+inline LaidMatrix boxes(uint32_t address, uint32_t box) {
+  return {(address & 0x3ffff) >> 4 | box >> 4 << 16, 1u << 30 | 1024 >> 4};
+}
+template <bool kTurned>
+LaidMatrix skip(LaidMatrix matrix, int k) {
+  return {matrix.low + uint32_t(k * (kTurned ? 128 : 2) / 16), matrix.high};
+}
+template <bool kTurnedA, bool kTurnedB, int kRegisters>
+void wgmma_boxes(float (&d)[kRegisters], LaidMatrix a, LaidMatrix b, int accumulate) {
+  simulation::multiply_boxes(d, 2 * kRegisters, {a.low, a.high, kTurnedA},
+                             {b.low, b.high, kTurnedB}, accumulate != 0, false);
+}
+template <bool kTurnedA, bool kTurnedB, int kRegisters>
+void wgmma_boxes_bf16(float (&d)[kRegisters], LaidMatrix a, LaidMatrix b, int accumulate) {
+  simulation::multiply_boxes(d, 2 * kRegisters, {a.low, a.high, kTurnedA},
+                             {b.low, b.high, kTurnedB}, accumulate != 0, true);
+}
+
 // The words of a descriptor, as there.
 struct Cells {
   uint32_t low, high;
