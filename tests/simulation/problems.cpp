@@ -36,7 +36,7 @@ Window random_window(Random& random, const std::string& algorithm) {
     return square(one_of<int>(random, {3, 5, 7}), random.between(1, 2));
   if (algorithm.starts_with("grouped"))
     return one_of<Window>(random, {square(3, 1), square(3, 2), square(1, 1)});
-  if (algorithm == "implicit_gemm_weight")
+  if (algorithm == "implicit_gemm_weight" || algorithm == "tma_im2col_weight")
     return random.one_in(4) ? square(1, 1)
                             : Window{random.between(1, 7),
                                      random.between(1, 9),
@@ -64,6 +64,10 @@ Channels random_channels(Random& random, const std::string& algorithm) {
     if (c.in == 1 && c.out == 1) c.out = 2;
     return c;
   }
+  // Octets short of and beyond a block's 64 to 256.
+  if (algorithm == "tma_im2col_weight")
+    return {random.one_in(3) ? 2 : 1, one_of<int>(random, {8, 16, 64, 72, 136, 264}),
+            one_of<int>(random, {8, 24, 64, 72, 136})};
   // Short of and beyond a block's 8 or 16, and 64 or 128.
   if (algorithm == "implicit_gemm_weight")
     return {random.one_in(3) ? 2 : 1, one_of<int>(random, {2, 5, 8, 16, 19, 70}),
@@ -77,11 +81,12 @@ Channels random_channels(Random& random, const std::string& algorithm) {
 }
 
 // Dimensions from the innermost on, as they lie in memory, sometimes with gaps between them.
-Tensor4 random_layout(Random& random, const int64_t (&size)[4], std::vector<int> order, bool source,
-                      bool dense) {
+Tensor4 random_layout(Random& random, const std::string& algorithm, const int64_t (&size)[4],
+                      std::vector<int> order, bool source, bool dense) {
   Tensor4 t{};
   std::ranges::copy(size, t.size);
-  const int vector = one_of<int>(random, {1, 1, 2, 4, 8});  // what strides are multiples of
+  // What strides are multiples of.
+  const int vector = algorithm == "tma_im2col_weight" ? 8 : one_of<int>(random, {1, 1, 2, 4, 8});
   int64_t stride = 1;
   for (const int dimension : order) {
     t.stride[dimension] = stride;
@@ -98,7 +103,8 @@ Tensor4 random_layout(Random& random, const int64_t (&size)[4], std::vector<int>
 }
 
 std::vector<int> random_order(Random& random, const std::string& algorithm) {
-  if (algorithm == "depthwise_channels_last") return {1, 3, 2, 0};
+  if (algorithm == "depthwise_channels_last" || algorithm == "tma_im2col_weight")
+    return {1, 3, 2, 0};
   if (algorithm == "depthwise_large" || algorithm == "depthwise_strips")
     return one_of<std::vector<int>>(random,
                                     {{3, 2, 1, 0}, {3, 2, 1, 0}, {1, 3, 2, 0}, {2, 3, 0, 1}});
@@ -150,6 +156,8 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
   if (algorithm.ends_with("weight")) p.direction = Direction::kBackwardWeight;
   if (algorithm.starts_with("grouped") || algorithm == "depthwise_planes")
     p.dtype = DType::kFloat32;
+  if (algorithm == "tma_im2col_weight")
+    p.dtype = one_of<DType>(random, {DType::kFloat16, DType::kBFloat16});
   if (algorithm == "depthwise_strips" && random.one_in(4)) p.dtype = DType::kFloat64;
   if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips" ||
       algorithm == "depthwise_planes")
@@ -179,7 +187,7 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
     const bool any_order = algorithm == "implicit_gemm_weight" && p.dtype != DType::kFloat32;
     const auto layout = [&](const int64_t (&size)[4], Direction writes) {
       const bool last = any_order && random.one_in(2);
-      return random_layout(random, size, last ? std::vector<int>{1, 3, 2, 0} : order,
+      return random_layout(random, algorithm, size, last ? std::vector<int>{1, 3, 2, 0} : order,
                            p.direction != writes, dense);
     };
     p.stride = {window.stride_h, window.stride_w};

@@ -1,0 +1,271 @@
+// The kernel of tma_im2col_weight: for every tap, the out channels × channels matrix
+//
+//   grad_weight[o][tap][c] = sum over pixels of grad_output[pixel][o] · input[pixel + tap][c]
+//
+// in channels_last, where a pixel's channels are neighbours. The copy engine walks the pixels of
+// grad_output, and of the input what each tap sees of them, by im2col maps: stride, padding and the
+// ends of rows and images are its work. Pixels are the sum, the k's of both operands, and lie as
+// rows of 64 swizzled channels, the way wgmma reads turned operands: nobody moves an element by
+// hand.
+//
+// A block has a tile (PixelTile) and a share of the pixels. One thread asks for stages of the ring;
+// each warpgroup multiplies its 64 out channels by its slots, and stores its sums into the share's
+// part. weight_parts.cu adds the parts in order. (Where one block has all pixels, it stores
+// results.)
+#include <utility>
+
+#include "cuda/check.h"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/launch.cuh"
+#include "cuda/ptx/thread.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tma_im2col_weight.h"
+#include "cuda/types.cuh"
+
+namespace convops::cuda {
+namespace {
+
+constexpr int kWarp = 32, kStepPixels = 16;
+constexpr int kAlignment = 1024;  // of boxes
+constexpr int kRingBytes = 208 * 1024, kMostStages = 8;
+
+template <typename E_, PixelTile kTile_>
+struct Traits {
+  using E = E_;
+  static constexpr PixelTile kTile = kTile_;
+  static constexpr int kConsumerWarps = 4 * kTile.consumers();
+  static constexpr int kThreads = (kConsumerWarps + 1) * kWarp;   // a producer
+  static constexpr int kSums = kTile.slots * kPixelChannels / 2;  // of a thread
+  static constexpr int kStages = kRingBytes / kTile.stage_bytes() < kMostStages
+                                     ? kRingBytes / kTile.stage_bytes()
+                                     : kMostStages;
+  static constexpr int kPromotedStages = kMostSummedPixels / kTile.pixels;
+  static constexpr int kSharedBytes = kAlignment + kStages * kTile.stage_bytes();
+  static_assert(kStages >= 3 && kTile.box_bytes() % kAlignment == 0);
+};
+
+// The block's work.
+struct Share {
+  int group, out_channel, slot;  // the first of a group's
+  int split, begin, end;         // stages
+
+  Share() = default;
+  __device__ Share(const WeightPixels& g, PixelTile tile) {
+    // Neighbouring blocks read the same pixels.
+    const int block = int(blockIdx.x), rest = block % g.tiles();
+    split = block / g.tiles();
+    slot = rest % g.slot_tiles * tile.all_slots();
+    out_channel = rest / g.slot_tiles % g.out_tiles * tile.out_channels();
+    group = rest / (g.slot_tiles * g.out_tiles);
+    begin = int(int64_t{g.stages} * split / g.splits);
+    end = int(int64_t{g.stages} * (split + 1) / g.splits);
+  }
+};
+
+// In shared memory, before the ring.
+struct Header {
+  uint64_t full[kMostStages], empty[kMostStages];
+  Share share;
+};
+static_assert(sizeof(Header) <= kAlignment);
+
+struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+
+  __device__ void next(int stages) {
+    if (++index == stages) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// By one thread.
+template <typename T>
+__device__ void run_producer(const WeightPixels& g, const WeightPixelsOperands& operands,
+                             Header& header, uint8_t* ring) {
+  const Share share = header.share;
+  constexpr PixelTile kTile = T::kTile;
+  const int slots = min(kTile.all_slots(), g.slots - share.slot);
+  const uint32_t bytes = uint32_t(kTile.out_groups + slots) * kTile.box_bytes();
+  Stage stage;
+  for (int i = share.begin; i < share.end; ++i, stage.next(T::kStages)) {
+    ptx::barrier_wait(&header.empty[stage.index], stage.parity ^ 1);
+    uint64_t* const barrier = &header.full[stage.index];
+    ptx::expect_bytes(barrier, bytes);
+    ptx::barrier_arrive(barrier);
+    const int pixel = i * kTile.pixels, line = g.by_out_width.quotient(pixel);
+    const int column = pixel - line * int(g.by_out_width.value);
+    const int image = g.by_out_height.quotient(line);
+    const int row = line - image * int(g.by_out_height.value);
+    uint8_t* to = ring + stage.index * kTile.stage_bytes();
+#pragma unroll
+    for (int j = 0; j < kTile.out_groups; ++j, to += kTile.box_bytes()) {
+      const int channel = share.group * g.out_channels + share.out_channel + j * kPixelChannels;
+      ptx::copy_pixels(to, &operands.grad, {channel, column, row, image}, {0, 0}, barrier);
+    }
+    const int left = column * g.stride_w - g.padding_w, top = row * g.stride_h - g.padding_h;
+    for (int j = 0; j < slots; ++j, to += kTile.box_bytes()) {
+      const int block = g.by_taps.quotient(share.slot + j);
+      const int tap = share.slot + j - block * g.taps, tap_h = g.by_kernel_w.quotient(tap);
+      const int channel = share.group * g.channels + block * kPixelChannels;
+      const uint16_t shift[] = {uint16_t((tap - tap_h * g.kernel_w) * g.dilation_w),
+                                uint16_t(tap_h * g.dilation_h)};
+      ptx::copy_pixels(to, &operands.input, {channel, left, top, image}, shift, barrier);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply(float (&sums)[T::kSums], ptx::LaidMatrix a,
+                                         ptx::LaidMatrix b, int accumulate) {
+  if constexpr (std::is_same_v<typename T::E, __nv_bfloat16>)
+    ptx::wgmma_boxes_bf16<true, true>(sums, a, b, accumulate);
+  else
+    ptx::wgmma_boxes<true, true>(sums, a, b, accumulate);
+}
+
+// Sums of two neighbouring channels: sets them in the result, or in a part, or adds to that.
+template <typename E>
+__device__ __forceinline__ void store_pair(E* to, int64_t channel, float2 pair, bool) {
+  to[0] = convert<E>(pair.x);
+  to[channel] = convert<E>(pair.y);
+}
+__device__ __forceinline__ void store_pair(float* to, int64_t, float2 pair, bool adds) {
+  float2& sums = *reinterpret_cast<float2*>(to);
+  if (adds) pair = {pair.x + sums.x, pair.y + sums.y};
+  sums = pair;
+}
+
+// All of a thread.
+template <typename T, typename E>
+__device__ __forceinline__ void store_sums(const WeightPixels& g, const Share& share,
+                                           const WeightSums& to, E* first,
+                                           const float (&sums)[T::kSums], bool adds) {
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, group = warp / 4;
+  const int out_group = group % T::kTile.out_groups, slot_group = group / T::kTile.out_groups;
+  int row = share.out_channel + out_group * kPixelChannels + warp % 4 * 16 + lane / 4;
+  ptx::keep(row);  // or places would be computed before the loop, for which there is no room
+#pragma unroll
+  for (int j = 0; j < T::kTile.slots; ++j) {
+    const int slot = share.slot + slot_group * T::kTile.slots + j;
+    if (slot >= g.slots) break;
+    const int block = g.by_taps.quotient(slot), tap = slot - block * g.taps;
+    const int tap_h = g.by_kernel_w.quotient(tap), tap_w = tap - tap_h * g.kernel_w;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int out_channel = row + 8 * half;
+      if (out_channel >= g.out_channels) break;
+      E* const line = first + tap_h * to.tap_h + tap_w * to.tap_w +
+                      (int64_t(share.group) * g.out_channels + out_channel) * to.out_channel;
+#pragma unroll
+      for (int octet = 0; octet < kPixelChannels / 8; ++octet) {
+        const int channel = block * kPixelChannels + octet * 8 + lane % 4 * 2;
+        if (channel >= g.channels) break;
+        const int i = j * (kPixelChannels / 2) + octet * 4 + half * 2;
+        store_pair(line + channel * to.channel, to.channel, {sums[i], sums[i + 1]}, adds);
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ void run_consumers(const WeightPixels& g, Header& header, const uint8_t* ring,
+                              const WeightSums& to) {
+  const Share& share = header.share;
+  constexpr PixelTile kTile = T::kTile;
+  const int group = int(threadIdx.x) / (4 * kWarp);
+  const int out_group = group % kTile.out_groups, slot_group = group / kTile.out_groups;
+  const auto base = uint32_t(__cvta_generic_to_shared(ring));
+  const ptx::LaidMatrix a0 = ptx::boxes(base + out_group * kTile.box_bytes(), kTile.box_bytes());
+  const ptx::LaidMatrix b0 = ptx::boxes(
+      base + (kTile.out_groups + slot_group * kTile.slots) * kTile.box_bytes(), kTile.box_bytes());
+  const bool leads = threadIdx.x % kWarp == 0;
+  float sums[T::kSums];
+#pragma unroll
+  for (int i = 0; i < T::kSums; ++i) asm("" : "=f"(sums[i]));  // set by the first instruction
+  Stage stage, used;
+  for (int begin = share.begin; begin < share.end; begin += T::kPromotedStages) {
+    const int end = min(begin + T::kPromotedStages, share.end);
+    for (int i = begin; i < end; ++i, stage.next(T::kStages)) {
+      ptx::barrier_wait(&header.full[stage.index], stage.parity);
+      const int from = stage.index * kTile.stage_bytes() / 16;
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kTile.pixels; k += kStepPixels)
+        multiply<T>(sums, ptx::skip<true>({a0.low + from, a0.high}, k),
+                    ptx::skip<true>({b0.low + from, b0.high}, k), k > 0 || i > begin);
+      ptx::wgmma_commit();
+      if (i == share.begin) continue;
+      ptx::wgmma_wait<1>();  // the stage before is done with
+      if (leads) ptx::barrier_arrive(&header.empty[used.index]);
+      used.next(T::kStages);
+    }
+    ptx::wgmma_wait<0>();
+    if (to.rounded)
+      store_sums<T>(g, share, to, static_cast<typename T::E*>(to.first), sums, false);
+    else
+      store_sums<T>(g, share, to, static_cast<float*>(to.first) + share.split * g.weights(), sums,
+                    begin > share.begin);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    sum_kernel(const __grid_constant__ WeightPixels g,
+               const __grid_constant__ WeightPixelsOperands operands) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  Header& header = *reinterpret_cast<Header*>(shared);
+  uint8_t* const ring = shared + kAlignment;
+  if (threadIdx.x == 0) {
+    header.share = Share(g, T::kTile);
+    for (int i = 0; i < T::kStages; ++i) {
+      ::cuda::ptx::mbarrier_init(&header.full[i], 1);
+      ::cuda::ptx::mbarrier_init(&header.empty[i], T::kConsumerWarps);
+    }
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+  }
+  __syncthreads();
+  ptx::launch_dependents();
+  if (threadIdx.x < T::kConsumerWarps * kWarp)
+    run_consumers<T>(g, header, ring, operands.sums);
+  else if (threadIdx.x % kWarp == 0)
+    run_producer<T>(g, operands, header, ring);
+}
+
+template <typename T>
+void launch(const WeightPixels& g, const WeightPixelsOperands& operands, cudaStream_t stream) {
+  const auto kernel = sum_kernel<T>;
+  CONVOPS_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
+  kernel<<<g.tiles() * g.splits, T::kThreads, T::kSharedBytes, stream>>>(g, operands);
+  CONVOPS_LAUNCH_CHECK("tma_im2col_weight");
+}
+
+// There is a kernel for each tile.
+template <typename E>
+void sum_pixels(const WeightPixels& g, const PixelTile& tile, const WeightPixelsOperands& operands,
+                void* stream) {
+  const auto try_tile = [&]<int i>() {
+    if (tile == kPixelTiles[i])
+      launch<Traits<E, kPixelTiles[i]>>(g, operands, cudaStream_t(stream));
+  };
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (try_tile.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, int(std::size(kPixelTiles))>());
+}
+
+}  // namespace
+
+void sum_pixels_half(const WeightPixels& g, const PixelTile& tile,
+                     const WeightPixelsOperands& operands, void* stream) {
+  sum_pixels<__half>(g, tile, operands, stream);
+}
+void sum_pixels_bfloat16(const WeightPixels& g, const PixelTile& tile,
+                         const WeightPixelsOperands& operands, void* stream) {
+  sum_pixels<__nv_bfloat16>(g, tile, operands, stream);
+}
+
+}  // namespace convops::cuda
