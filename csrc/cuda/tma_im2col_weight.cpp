@@ -191,8 +191,11 @@ class TmaIm2colWeight final : public Algorithm {
     const WeightPixels& g = plan.gemm;
     const auto& [size, stride] = p.weight;
     const bool whole = is_whole(g, plan.tile);
-    const WeightSums results{operands.weight, true, stride[0], stride[2], stride[3], stride[1]};
-    const WeightSums parts{execution.workspace,  false,   g.taps * size[1],
+    const bool paired = stride[1] == 1 && (stride[0] | stride[2] | stride[3]) % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(operands.weight) % (2 * kBytes) == 0;
+    const WeightSums results{operands.weight, true,      paired,   stride[0],
+                             stride[2],       stride[3], stride[1]};
+    const WeightSums parts{execution.workspace,  false,   true, g.taps * size[1],
                            g.kernel_w * size[1], size[1], 1};
     const WeightPixelsOperands pixels{
         make_map(p, with_legal_strides(p.input), operands.input, true, plan.tile.pixels),

@@ -60,6 +60,7 @@ struct WeightPixels {
 struct WeightSums {
   void* first;
   bool rounded;
+  bool paired;  // two neighbouring channels are two neighbours in memory, aligned
   int64_t out_channel, tap_h, tap_w, channel;
 };
 

@@ -129,11 +129,18 @@ __device__ __forceinline__ void multiply(float (&sums)[T::kSums], ptx::LaidMatri
 
 // Sums of two neighbouring channels: sets them in the result, or in a part, or adds to that.
 template <typename E>
-__device__ __forceinline__ void store_pair(E* to, int64_t channel, float2 pair, bool) {
-  to[0] = convert<E>(pair.x);
-  to[channel] = convert<E>(pair.y);
+__device__ __forceinline__ void store_pair(E* to, const WeightSums& layout, float2 pair, bool) {
+  struct alignas(2 * sizeof(E)) Pair {
+    E of[2];
+  } results{convert<E>(pair.x), convert<E>(pair.y)};
+  if (layout.paired) {
+    *reinterpret_cast<Pair*>(to) = results;
+  } else {
+    to[0] = results.of[0];
+    to[layout.channel] = results.of[1];
+  }
 }
-__device__ __forceinline__ void store_pair(float* to, int64_t, float2 pair, bool adds) {
+__device__ __forceinline__ void store_pair(float* to, const WeightSums&, float2 pair, bool adds) {
   float2& sums = *reinterpret_cast<float2*>(to);
   if (adds) pair = {pair.x + sums.x, pair.y + sums.y};
   sums = pair;
@@ -165,7 +172,7 @@ __device__ __forceinline__ void store_sums(const WeightPixels& g, const Share& s
         const int channel = block * kPixelChannels + octet * 8 + lane % 4 * 2;
         if (channel >= g.channels) break;
         const int i = j * (kPixelChannels / 2) + octet * 4 + half * 2;
-        store_pair(line + channel * to.channel, to.channel, {sums[i], sums[i + 1]}, adds);
+        store_pair(line + channel * to.channel, to, {sums[i], sums[i + 1]}, adds);
       }
     }
   }
