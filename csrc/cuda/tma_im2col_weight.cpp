@@ -31,11 +31,18 @@ int64_t part_bytes(const ConvProblem& p) { return p.weight.numel() * int64_t(siz
 Windows windows(int64_t count, int64_t step, int64_t padding) {
   return {int(-padding), int(count), int(step)};
 }
-CUtensorMap make_map(const ConvProblem& p, const Tensor4& t, const void* data, bool input,
-                     int pixels) {
+CUtensorMap make_map(const ConvProblem& p, const Tensor4& t, const void* data, bool input) {
   const Pair step = input ? p.stride : Pair{1, 1}, padding = input ? p.padding : Pair{0, 0};
   return make_im2col_map(data, t, windows(p.output.size[2], step.h, padding.h),
-                         windows(p.output.size[3], step.w, padding.w), pixels);
+                         windows(p.output.size[3], step.w, padding.w), kPixelStage);
+}
+
+// How many groups share a box.
+int merged(const ConvProblem& p) {
+  const int64_t channels = p.group_in_channels();
+  const bool shares = p.groups > 1 && channels == p.group_out_channels() && channels % 2 == 0 &&
+                      kPixelChannels % channels == 0;
+  return shares ? int(kPixelChannels / channels) : 1;
 }
 
 // `parts`: that memory allows.
@@ -44,6 +51,7 @@ WeightPixels describe(const ConvProblem& p, const PixelTile& tile, int processor
   g.groups = int(p.groups);
   g.channels = int(p.group_in_channels());
   g.out_channels = int(p.group_out_channels());
+  g.merged = merged(p);
   g.kernel_w = int(p.kernel().w);
   g.taps = int(p.kernel().h * p.kernel().w);
   g.stride_h = int(p.stride.h);
@@ -52,14 +60,15 @@ WeightPixels describe(const ConvProblem& p, const PixelTile& tile, int processor
   g.padding_w = int(p.padding.w);
   g.dilation_h = int(p.dilation.h);
   g.dilation_w = int(p.dilation.w);
-  g.slots = int(ceil_divide(g.channels, kPixelChannels)) * g.taps;
-  g.out_tiles = int(ceil_divide(g.out_channels, tile.out_channels()));
-  g.slot_tiles = int(ceil_divide(g.slots, tile.all_slots()));
-  g.stages = int(ceil_divide(pixels(p), tile.pixels));
+  g.slots = int(ceil_divide(g.merged * g.channels, kPixelChannels)) * g.taps;
+  g.out_tiles = int(ceil_divide(g.merged * g.out_channels, tile.out_channels()));
+  g.slot_tiles = int(ceil_divide(g.slots, tile.slots));
+  g.stages = int(ceil_divide(pixels(p), kPixelStage));
   g.by_out_width = Divisor(p.output.size[3]);
   g.by_out_height = Divisor(p.output.size[2]);
   g.by_taps = Divisor(g.taps);
   g.by_kernel_w = Divisor(g.kernel_w);
+  g.by_channels = Divisor(g.channels);
   // One wave of blocks; a share of fewer stages is not worth a block's start.
   constexpr int64_t kFewestStages = 4;
   const int64_t wanted = std::min<int64_t>(processors / g.tiles(), g.stages / kFewestStages);
@@ -68,8 +77,8 @@ WeightPixels describe(const ConvProblem& p, const PixelTile& tile, int processor
 }
 
 // Whether a block's sums are results.
-bool is_whole(const WeightPixels& g, const PixelTile& tile) {
-  return g.splits == 1 && int64_t{g.stages} * tile.pixels <= kMostSummedPixels;
+bool is_whole(const WeightPixels& g) {
+  return g.splits == 1 && int64_t{g.stages} * kPixelStage <= kMostSummedPixels;
 }
 
 // Seconds: a stage takes what its multiplications do, or its bytes from L2, which all blocks share.
@@ -88,12 +97,12 @@ double estimate(const ConvProblem& p, const WeightPixels& g, const PixelTile& ti
   const double waves = double(ceil_divide(blocks, device.processors));
   const double active = double(std::min<int64_t>(blocks, device.processors));
   const double multiply =
-      tile.pixels / kStepPixels * tile.consumers() * tile.slots * kSlotCycles + kStageCycles;
+      kPixelStage / kStepPixels * tile.warpgroups * tile.slots * kSlotCycles + kStageCycles;
   const double load = tile.stage_bytes() / std::min(kBytesOfCycle, kAllBytesOfCycle / active);
   const double stages = double(ceil_divide(g.stages, g.splits));
   const double compute = waves * (stages * std::max(multiply, load) + kBlockCycles) / clock;
   const double parts =
-      is_whole(g, tile)
+      is_whole(g)
           ? 0
           : kReduceSeconds + kPartTraffic * double(g.splits * part_bytes(p)) / device.bandwidth;
   const double memory = p.bytes() / (device.bandwidth * kBandwidthFraction);
@@ -153,9 +162,10 @@ class TmaIm2colWeight final : public Algorithm {
     if (p.weight.numel() == 0 || pixels(p) == 0) return "nothing to sum";
     if (pixels(p) > kMostPixels || p.weight.numel() > kMostPixels)
       return "2^30 pixels or weights or more";
-    if (p.in_channels() % kVector != 0 || (p.groups > 1 && p.group_in_channels() % kVector != 0))
+    const bool apart = p.groups > 1 && merged(p) == 1;
+    if ((apart ? p.group_in_channels() : p.in_channels()) % kVector != 0)
       return "channels that are no multiple of 8";
-    if (p.out_channels() % kVector != 0 || (p.groups > 1 && p.group_out_channels() % kVector != 0))
+    if ((apart ? p.group_out_channels() : p.out_channels()) % kVector != 0)
       return "out channels that are no multiple of 8";
     if (const std::string reason = refuse_tensor(p.input, "input"); !reason.empty()) return reason;
     if (const std::string reason = refuse_tensor(p.output, "grad_output"); !reason.empty())
@@ -190,7 +200,7 @@ class TmaIm2colWeight final : public Algorithm {
     const Plan plan = make_plan(p, *execution.device, execution.workspace_bytes / part_bytes(p));
     const WeightPixels& g = plan.gemm;
     const auto& [size, stride] = p.weight;
-    const bool whole = is_whole(g, plan.tile);
+    const bool whole = is_whole(g);
     const bool paired = stride[1] == 1 && (stride[0] | stride[2] | stride[3]) % 2 == 0 &&
                         reinterpret_cast<uintptr_t>(operands.weight) % (2 * kBytes) == 0;
     const WeightSums results{operands.weight, true,      paired,   stride[0],
@@ -198,9 +208,8 @@ class TmaIm2colWeight final : public Algorithm {
     const WeightSums parts{execution.workspace,  false,   true, g.taps * size[1],
                            g.kernel_w * size[1], size[1], 1};
     const WeightPixelsOperands pixels{
-        make_map(p, with_legal_strides(p.input), operands.input, true, plan.tile.pixels),
-        make_map(p, with_legal_strides(p.output), operands.output, false, plan.tile.pixels),
-        whole ? results : parts};
+        make_map(p, with_legal_strides(p.input), operands.input, true),
+        make_map(p, with_legal_strides(p.output), operands.output, false), whole ? results : parts};
     const auto sum = p.dtype == DType::kFloat16 ? sum_pixels_half : sum_pixels_bfloat16;
     sum(g, plan.tile, pixels, execution.stream);
     if (whole) return;

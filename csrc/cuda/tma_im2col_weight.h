@@ -16,40 +16,42 @@ inline constexpr int kPixelChannels = kMapChannels;
 // better than the result's rounding. Then they go to the part.
 inline constexpr int kMostSummedPixels = 1 << 14;
 
-// What a block sums: 64 out channels for each of `out_groups` warpgroups, times `slots` (64
-// channels of the input at a tap each) for each of `slot_groups`. Both are in shared memory for
-// `pixels` of grad_output at a time, a stage, and every pixel is loaded once for each slot: tiles
-// are as large as registers allow, for loads from L2 are the limit.
+// What a block sums: 64 out channels for each of `warpgroups`, times `slots`, 64 channels of the
+// input at a tap each. Both are in shared memory for 64 pixels of grad_output at a time, a stage,
+// and every pixel is loaded once for each slot.
+inline constexpr int kPixelStage = 64;
+inline constexpr int kPixelBoxBytes = kPixelStage * kPixelChannels * 2;
 struct PixelTile {
-  int out_groups, slot_groups, slots, pixels;
+  int warpgroups, slots;
 
-  CONVOPS_HOST_DEVICE constexpr int consumers() const { return out_groups * slot_groups; }
-  CONVOPS_HOST_DEVICE constexpr int out_channels() const { return out_groups * kPixelChannels; }
-  CONVOPS_HOST_DEVICE constexpr int all_slots() const { return slot_groups * slots; }
-  CONVOPS_HOST_DEVICE constexpr int box_bytes() const { return pixels * kPixelChannels * 2; }
+  CONVOPS_HOST_DEVICE constexpr int out_channels() const { return warpgroups * kPixelChannels; }
   CONVOPS_HOST_DEVICE constexpr int stage_bytes() const {
-    return (out_groups + all_slots()) * box_bytes();
+    return (warpgroups + slots) * kPixelBoxBytes;
   }
   constexpr bool operator==(const PixelTile&) const = default;
 };
 
-// There is a kernel for each. (The first of those that are as fast by estimate is taken.)
-inline constexpr PixelTile kPixelTiles[] = {{2, 1, 4, 64}, {2, 1, 3, 64}, {2, 1, 2, 64},
-                                            {2, 1, 1, 64}, {1, 2, 2, 64}, {1, 1, 4, 64},
-                                            {1, 1, 3, 64}, {1, 1, 2, 64}, {1, 1, 1, 64}};
+// There is a kernel for each: with four slots, or two warpgroups for one out channel's slots, it
+// was at most 1% faster. (The first of those that are as fast by estimate is taken.)
+inline constexpr PixelTile kPixelTiles[] = {{2, 3}, {2, 2}, {2, 1}, {1, 3}, {1, 2}, {1, 1}};
 
+// Groups of few channels share boxes: `merged` of them are multiplied as if they were one, and what
+// an out channel has of other groups is not stored.
 struct WeightPixels {
-  int groups, channels, out_channels;  // of a group
+  int groups, channels, out_channels;  // of a group, that of the weight
+  int merged;                          // with as many out channels as channels, else 1
   int kernel_w, taps;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   // Slots are numbered by blocks of 64 channels, then taps: the taps of a block read the same
   // pixels.
-  int slots;  // of a group
+  int slots;  // of merged groups
   int out_tiles, slot_tiles, splits;
   int stages;  // of all pixels: what is split
-  Divisor by_out_width, by_out_height, by_taps, by_kernel_w;
+  Divisor by_out_width, by_out_height, by_taps, by_kernel_w, by_channels;
 
-  CONVOPS_HOST_DEVICE int tiles() const { return groups * out_tiles * slot_tiles; }
+  CONVOPS_HOST_DEVICE int tiles() const {
+    return (groups + merged - 1) / merged * out_tiles * slot_tiles;
+  }
   CONVOPS_HOST_DEVICE int64_t weights() const {
     return int64_t(groups) * out_channels * taps * channels;
   }

@@ -34,20 +34,20 @@ template <typename E_, PixelTile kTile_>
 struct Traits {
   using E = E_;
   static constexpr PixelTile kTile = kTile_;
-  static constexpr int kConsumerWarps = 4 * kTile.consumers();
+  static constexpr int kConsumerWarps = 4 * kTile.warpgroups;
   static constexpr int kThreads = (kConsumerWarps + 1) * kWarp;   // a producer
   static constexpr int kSums = kTile.slots * kPixelChannels / 2;  // of a thread
   static constexpr int kStages = kRingBytes / kTile.stage_bytes() < kMostStages
                                      ? kRingBytes / kTile.stage_bytes()
                                      : kMostStages;
-  static constexpr int kPromotedStages = kMostSummedPixels / kTile.pixels;
+  static constexpr int kPromotedStages = kMostSummedPixels / kPixelStage;
   static constexpr int kSharedBytes = kAlignment + kStages * kTile.stage_bytes();
-  static_assert(kStages >= 3 && kTile.box_bytes() % kAlignment == 0);
+  static_assert(kStages >= 3 && kPixelBoxBytes % kAlignment == 0);
 };
 
 // The block's work.
 struct Share {
-  int group, out_channel, slot;  // the first of a group's
+  int group, out_channel, slot;  // of merged groups the number, and the first
   int split, begin, end;         // stages
 
   Share() = default;
@@ -55,7 +55,7 @@ struct Share {
     // Neighbouring blocks read the same pixels.
     const int block = int(blockIdx.x), rest = block % g.tiles();
     split = block / g.tiles();
-    slot = rest % g.slot_tiles * tile.all_slots();
+    slot = rest % g.slot_tiles * tile.slots;
     out_channel = rest / g.slot_tiles % g.out_tiles * tile.out_channels();
     group = rest / (g.slot_tiles * g.out_tiles);
     begin = int(int64_t{g.stages} * split / g.splits);
@@ -88,29 +88,30 @@ __device__ void run_producer(const WeightPixels& g, const WeightPixelsOperands& 
                              Header& header, uint8_t* ring) {
   const Share share = header.share;
   constexpr PixelTile kTile = T::kTile;
-  const int slots = min(kTile.all_slots(), g.slots - share.slot);
-  const uint32_t bytes = uint32_t(kTile.out_groups + slots) * kTile.box_bytes();
+  const int slots = min(kTile.slots, g.slots - share.slot);
+  const uint32_t bytes = uint32_t(kTile.warpgroups + slots) * kPixelBoxBytes;
   Stage stage;
   for (int i = share.begin; i < share.end; ++i, stage.next(T::kStages)) {
     ptx::barrier_wait(&header.empty[stage.index], stage.parity ^ 1);
     uint64_t* const barrier = &header.full[stage.index];
     ptx::expect_bytes(barrier, bytes);
     ptx::barrier_arrive(barrier);
-    const int pixel = i * kTile.pixels, line = g.by_out_width.quotient(pixel);
+    const int pixel = i * kPixelStage, line = g.by_out_width.quotient(pixel);
     const int column = pixel - line * int(g.by_out_width.value);
     const int image = g.by_out_height.quotient(line);
     const int row = line - image * int(g.by_out_height.value);
     uint8_t* to = ring + stage.index * kTile.stage_bytes();
 #pragma unroll
-    for (int j = 0; j < kTile.out_groups; ++j, to += kTile.box_bytes()) {
-      const int channel = share.group * g.out_channels + share.out_channel + j * kPixelChannels;
+    for (int j = 0; j < kTile.warpgroups; ++j, to += kPixelBoxBytes) {
+      const int channel =
+          share.group * g.merged * g.out_channels + share.out_channel + j * kPixelChannels;
       ptx::copy_pixels(to, &operands.grad, {channel, column, row, image}, {0, 0}, barrier);
     }
     const int left = column * g.stride_w - g.padding_w, top = row * g.stride_h - g.padding_h;
-    for (int j = 0; j < slots; ++j, to += kTile.box_bytes()) {
+    for (int j = 0; j < slots; ++j, to += kPixelBoxBytes) {
       const int block = g.by_taps.quotient(share.slot + j);
       const int tap = share.slot + j - block * g.taps, tap_h = g.by_kernel_w.quotient(tap);
-      const int channel = share.group * g.channels + block * kPixelChannels;
+      const int channel = share.group * g.merged * g.channels + block * kPixelChannels;
       const uint16_t shift[] = {uint16_t((tap - tap_h * g.kernel_w) * g.dilation_w),
                                 uint16_t(tap_h * g.dilation_h)};
       ptx::copy_pixels(to, &operands.input, {channel, left, top, image}, shift, barrier);
@@ -151,28 +152,33 @@ template <typename T, typename E>
 __device__ __forceinline__ void store_sums(const WeightPixels& g, const Share& share,
                                            const WeightSums& to, E* first,
                                            const float (&sums)[T::kSums], bool adds) {
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, group = warp / 4;
-  const int out_group = group % T::kTile.out_groups, slot_group = group / T::kTile.out_groups;
-  int row = share.out_channel + out_group * kPixelChannels + warp % 4 * 16 + lane / 4;
+  constexpr int kRows = 16;  // of a warp
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  int row = share.out_channel + warp * kRows + lane / 4;
   ptx::keep(row);  // or places would be computed before the loop, for which there is no room
 #pragma unroll
   for (int j = 0; j < T::kTile.slots; ++j) {
-    const int slot = share.slot + slot_group * T::kTile.slots + j;
+    const int slot = share.slot + j;
     if (slot >= g.slots) break;
     const int block = g.by_taps.quotient(slot), tap = slot - block * g.taps;
     const int tap_h = g.by_kernel_w.quotient(tap), tap_w = tap - tap_h * g.kernel_w;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int out_channel = row + 8 * half;
-      if (out_channel >= g.out_channels) break;
+      const int out_channel = row + 8 * half;  // of merged groups
+      const int64_t channels_before = int64_t(share.group) * g.merged * g.out_channels;
+      if (out_channel >= g.merged * g.out_channels ||
+          channels_before + out_channel >= int64_t(g.groups) * g.out_channels)
+        break;
       E* const line = first + tap_h * to.tap_h + tap_w * to.tap_w +
-                      (int64_t(share.group) * g.out_channels + out_channel) * to.out_channel;
+                      (channels_before + out_channel) * to.out_channel;
+      const int others = g.merged > 1 ? g.by_channels.quotient(out_channel) * g.channels : 0;
+      const int channel = block * kPixelChannels + lane % 4 * 2 - others;
+      E* const place = line + channel * to.channel;
 #pragma unroll
       for (int octet = 0; octet < kPixelChannels / 8; ++octet) {
-        const int channel = block * kPixelChannels + octet * 8 + lane % 4 * 2;
-        if (channel >= g.channels) break;
         const int i = j * (kPixelChannels / 2) + octet * 4 + half * 2;
-        store_pair(line + channel * to.channel, to, {sums[i], sums[i + 1]}, adds);
+        if (unsigned(channel + octet * 8) < unsigned(g.channels))
+          store_pair(place + octet * 8 * to.channel, to, {sums[i], sums[i + 1]}, adds);
       }
     }
   }
@@ -184,11 +190,9 @@ __device__ void run_consumers(const WeightPixels& g, Header& header, const uint8
   const Share& share = header.share;
   constexpr PixelTile kTile = T::kTile;
   const int group = int(threadIdx.x) / (4 * kWarp);
-  const int out_group = group % kTile.out_groups, slot_group = group / kTile.out_groups;
   const auto base = uint32_t(__cvta_generic_to_shared(ring));
-  const ptx::LaidMatrix a0 = ptx::boxes(base + out_group * kTile.box_bytes(), kTile.box_bytes());
-  const ptx::LaidMatrix b0 = ptx::boxes(
-      base + (kTile.out_groups + slot_group * kTile.slots) * kTile.box_bytes(), kTile.box_bytes());
+  const ptx::LaidMatrix a0 = ptx::boxes(base + group * kPixelBoxBytes, kPixelBoxBytes);
+  const ptx::LaidMatrix b0 = ptx::boxes(base + kTile.warpgroups * kPixelBoxBytes, kPixelBoxBytes);
   const bool leads = threadIdx.x % kWarp == 0;
   float sums[T::kSums];
 #pragma unroll
@@ -201,7 +205,7 @@ __device__ void run_consumers(const WeightPixels& g, Header& header, const uint8
       const int from = stage.index * kTile.stage_bytes() / 16;
       ptx::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kTile.pixels; k += kStepPixels)
+      for (int k = 0; k < kPixelStage; k += kStepPixels)
         multiply<T>(sums, ptx::skip<true>({a0.low + from, a0.high}, k),
                     ptx::skip<true>({b0.low + from, b0.high}, k), k > 0 || i > begin);
       ptx::wgmma_commit();

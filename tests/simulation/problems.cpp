@@ -65,6 +65,10 @@ Channels random_channels(Random& random, const std::string& algorithm) {
     return c;
   }
   // Octets short of and beyond a block's 64 to 256.
+  if (algorithm == "tma_im2col_weight" && random.one_in(3)) {
+    const int channels = one_of<int>(random, {2, 4, 8, 16, 32, 64});
+    return {random.between(1, 3) * std::max(1, 8 / channels) * 2, channels, channels};
+  }
   if (algorithm == "tma_im2col_weight")
     return {random.one_in(3) ? 2 : 1, one_of<int>(random, {8, 16, 64, 72, 136, 264}),
             one_of<int>(random, {8, 24, 64, 72, 136})};
