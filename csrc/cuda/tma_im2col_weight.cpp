@@ -45,6 +45,11 @@ int merged(const ConvProblem& p) {
   return shares ? int(kPixelChannels / channels) : 1;
 }
 
+// Of what a block may sum.
+int64_t least_splits(const ConvProblem& p) {
+  return ceil_divide(round_up(pixels(p), kPixelStage), kMostSummedPixels);
+}
+
 // `parts`: that memory allows.
 WeightPixels describe(const ConvProblem& p, const PixelTile& tile, int processors, int64_t parts) {
   WeightPixels g{};
@@ -69,16 +74,13 @@ WeightPixels describe(const ConvProblem& p, const PixelTile& tile, int processor
   g.by_taps = Divisor(g.taps);
   g.by_kernel_w = Divisor(g.kernel_w);
   g.by_channels = Divisor(g.channels);
-  // One wave of blocks; a share of fewer stages is not worth a block's start.
+  // One wave of blocks, or as many as sums may be long; a share of fewer stages is not worth a
+  // block's start.
   constexpr int64_t kFewestStages = 4;
   const int64_t wanted = std::min<int64_t>(processors / g.tiles(), g.stages / kFewestStages);
-  g.splits = int(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, parts)));
+  const int64_t least = least_splits(p);
+  g.splits = int(std::clamp<int64_t>(wanted, least, std::max(least, parts)));
   return g;
-}
-
-// Whether a block's sums are results.
-bool is_whole(const WeightPixels& g) {
-  return g.splits == 1 && int64_t{g.stages} * kPixelStage <= kMostSummedPixels;
 }
 
 // Seconds: a stage takes what its multiplications do, or its bytes from L2, which all blocks share.
@@ -102,7 +104,7 @@ double estimate(const ConvProblem& p, const WeightPixels& g, const PixelTile& ti
   const double stages = double(ceil_divide(g.stages, g.splits));
   const double compute = waves * (stages * std::max(multiply, load) + kBlockCycles) / clock;
   const double parts =
-      is_whole(g)
+      g.splits == 1
           ? 0
           : kReduceSeconds + kPartTraffic * double(g.splits * part_bytes(p)) / device.bandwidth;
   const double memory = p.bytes() / (device.bandwidth * kBandwidthFraction);
@@ -200,12 +202,9 @@ class TmaIm2colWeight final : public Algorithm {
     const Plan plan = make_plan(p, *execution.device, execution.workspace_bytes / part_bytes(p));
     const WeightPixels& g = plan.gemm;
     const auto& [size, stride] = p.weight;
-    const bool whole = is_whole(g);
-    const bool paired = stride[1] == 1 && (stride[0] | stride[2] | stride[3]) % 2 == 0 &&
-                        reinterpret_cast<uintptr_t>(operands.weight) % (2 * kBytes) == 0;
-    const WeightSums results{operands.weight, true,      paired,   stride[0],
-                             stride[2],       stride[3], stride[1]};
-    const WeightSums parts{execution.workspace,  false,   true, g.taps * size[1],
+    const bool whole = g.splits == 1;
+    const WeightSums results{operands.weight, true, stride[0], stride[2], stride[3], stride[1]};
+    const WeightSums parts{execution.workspace,  false,   g.taps * size[1],
                            g.kernel_w * size[1], size[1], 1};
     const WeightPixelsOperands pixels{
         make_map(p, with_legal_strides(p.input), operands.input, true),

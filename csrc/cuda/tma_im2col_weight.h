@@ -13,7 +13,7 @@ namespace convops::cuda {
 // Out channels of a warpgroup, and channels of a slot: what a swizzled box is wide.
 inline constexpr int kPixelChannels = kMapChannels;
 // The tensor cores' sums cut off what float32 has no bits for: of so many pixels they still are far
-// better than the result's rounding. Then they go to the part.
+// better than the result's rounding. More are several blocks'.
 inline constexpr int kMostSummedPixels = 1 << 14;
 
 // What a block sums: 64 out channels for each of `warpgroups`, times `slots`, 64 channels of the
@@ -62,7 +62,6 @@ struct WeightPixels {
 struct WeightSums {
   void* first;
   bool rounded;
-  bool paired;  // two neighbouring channels are two neighbours in memory, aligned
   int64_t out_channel, tap_h, tap_w, channel;
 };
 

@@ -18,7 +18,6 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/launch.cuh"
-#include "cuda/ptx/thread.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tma_im2col_weight.h"
 #include "cuda/types.cuh"
@@ -27,6 +26,8 @@ namespace convops::cuda {
 namespace {
 
 constexpr int kWarp = 32, kStepPixels = 16;
+constexpr int kWarpRows = 16;  // out channels of a warp
+constexpr int kConsumerBarrier = 1;
 constexpr int kAlignment = 1024;  // of boxes
 constexpr int kRingBytes = 208 * 1024, kMostStages = 8;
 
@@ -40,7 +41,9 @@ struct Traits {
   static constexpr int kStages = kRingBytes / kTile.stage_bytes() < kMostStages
                                      ? kRingBytes / kTile.stage_bytes()
                                      : kMostStages;
-  static constexpr int kPromotedStages = kMostSummedPixels / kPixelStage;
+  // From a row of sums to the next in shared memory: eight rows lie in different banks.
+  static constexpr int kSumsPitch = kTile.slots * kPixelChannels + 8;
+  static_assert(kConsumerWarps * kWarpRows * kSumsPitch * 4 <= kStages * kTile.stage_bytes());
   static constexpr int kSharedBytes = kAlignment + kStages * kTile.stage_bytes();
   static_assert(kStages >= 3 && kPixelBoxBytes % kAlignment == 0);
 };
@@ -128,64 +131,52 @@ __device__ __forceinline__ void multiply(float (&sums)[T::kSums], ptx::LaidMatri
     ptx::wgmma_boxes<true, true>(sums, a, b, accumulate);
 }
 
-// Sums of two neighbouring channels: sets them in the result, or in a part, or adds to that.
-template <typename E>
-__device__ __forceinline__ void store_pair(E* to, const WeightSums& layout, float2 pair, bool) {
-  struct alignas(2 * sizeof(E)) Pair {
-    E of[2];
-  } results{convert<E>(pair.x), convert<E>(pair.y)};
-  if (layout.paired) {
-    *reinterpret_cast<Pair*>(to) = results;
-  } else {
-    to[0] = results.of[0];
-    to[layout.channel] = results.of[1];
-  }
-}
-__device__ __forceinline__ void store_pair(float* to, const WeightSums&, float2 pair, bool adds) {
-  float2& sums = *reinterpret_cast<float2*>(to);
-  if (adds) pair = {pair.x + sums.x, pair.y + sums.y};
-  sums = pair;
-}
-
-// All of a thread.
-template <typename T, typename E>
+// A warp's sums by way of shared memory, from where lines of 64 channels leave at once: fragments
+// stored from registers make several times the code, which has to come from memory, too. All of the
+// block's instructions have ended.
+template <typename T>
 __device__ __forceinline__ void store_sums(const WeightPixels& g, const Share& share,
-                                           const WeightSums& to, E* first,
-                                           const float (&sums)[T::kSums], bool adds) {
-  constexpr int kRows = 16;  // of a warp
+                                           const WeightSums& to, const float (&sums)[T::kSums],
+                                           uint8_t* ring) {
+  using E = typename T::E;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  int row = share.out_channel + warp * kRows + lane / 4;
-  ptx::keep(row);  // or places would be computed before the loop, for which there is no room
+  float* const rows = reinterpret_cast<float*>(ring) + warp * kWarpRows * T::kSumsPitch;
 #pragma unroll
-  for (int j = 0; j < T::kTile.slots; ++j) {
-    const int slot = share.slot + j;
-    if (slot >= g.slots) break;
+  for (int i = 0; i < T::kSums; i += 2) {
+    float* const row = rows + (lane / 4 + i % 4 / 2 * 8) * T::kSumsPitch;
+    *reinterpret_cast<float2*>(row + i / 4 * 8 + lane % 4 * 2) = {sums[i], sums[i + 1]};
+  }
+  __syncwarp();
+  float* const part = static_cast<float*>(to.first) + share.split * g.weights();
+  E* const results = static_cast<E*>(to.first);
+  const int64_t first = int64_t{share.group} * g.merged * g.out_channels;
+#pragma unroll 2
+  for (int line = 0; line < kWarpRows * T::kTile.slots; ++line) {
+    const int slot = share.slot + line / kWarpRows, row = line % kWarpRows;
+    const int out_channel = share.out_channel + warp * kWarpRows + row;  // of merged groups
     const int block = g.by_taps.quotient(slot), tap = slot - block * g.taps;
     const int tap_h = g.by_kernel_w.quotient(tap), tap_w = tap - tap_h * g.kernel_w;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int out_channel = row + 8 * half;  // of merged groups
-      const int64_t channels_before = int64_t(share.group) * g.merged * g.out_channels;
-      if (out_channel >= g.merged * g.out_channels ||
-          channels_before + out_channel >= int64_t(g.groups) * g.out_channels)
-        break;
-      E* const line = first + tap_h * to.tap_h + tap_w * to.tap_w +
-                      (channels_before + out_channel) * to.out_channel;
-      const int others = g.merged > 1 ? g.by_channels.quotient(out_channel) * g.channels : 0;
-      const int channel = block * kPixelChannels + lane % 4 * 2 - others;
-      E* const place = line + channel * to.channel;
-#pragma unroll
-      for (int octet = 0; octet < kPixelChannels / 8; ++octet) {
-        const int i = j * (kPixelChannels / 2) + octet * 4 + half * 2;
-        if (unsigned(channel + octet * 8) < unsigned(g.channels))
-          store_pair(place + octet * 8 * to.channel, to, {sums[i], sums[i + 1]}, adds);
-      }
+    const int others = g.merged > 1 ? g.by_channels.quotient(out_channel) * g.channels : 0;
+    const int channel = block * kPixelChannels + 2 * lane - others;
+    if (slot >= g.slots || out_channel >= g.merged * g.out_channels ||
+        first + out_channel >= int64_t{g.groups} * g.out_channels ||
+        unsigned(channel) >= unsigned(g.channels))
+      continue;
+    const int64_t place = (first + out_channel) * to.out_channel + tap_h * to.tap_h +
+                          tap_w * to.tap_w + channel * to.channel;
+    const float2 pair = *reinterpret_cast<const float2*>(
+        rows + row * T::kSumsPitch + line / kWarpRows * kPixelChannels + 2 * lane);
+    if (!to.rounded) {
+      *reinterpret_cast<float2*>(part + place) = pair;
+    } else {
+      results[place] = convert<E>(pair.x);
+      results[place + to.channel] = convert<E>(pair.y);
     }
   }
 }
 
 template <typename T>
-__device__ void run_consumers(const WeightPixels& g, Header& header, const uint8_t* ring,
+__device__ void run_consumers(const WeightPixels& g, Header& header, uint8_t* ring,
                               const WeightSums& to) {
   const Share& share = header.share;
   constexpr PixelTile kTile = T::kTile;
@@ -198,29 +189,23 @@ __device__ void run_consumers(const WeightPixels& g, Header& header, const uint8
 #pragma unroll
   for (int i = 0; i < T::kSums; ++i) asm("" : "=f"(sums[i]));  // set by the first instruction
   Stage stage, used;
-  for (int begin = share.begin; begin < share.end; begin += T::kPromotedStages) {
-    const int end = min(begin + T::kPromotedStages, share.end);
-    for (int i = begin; i < end; ++i, stage.next(T::kStages)) {
-      ptx::barrier_wait(&header.full[stage.index], stage.parity);
-      const int from = stage.index * kTile.stage_bytes() / 16;
-      ptx::wgmma_fence();
+  for (int i = share.begin; i < share.end; ++i, stage.next(T::kStages)) {
+    ptx::barrier_wait(&header.full[stage.index], stage.parity);
+    const int from = stage.index * kTile.stage_bytes() / 16;
+    ptx::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kPixelStage; k += kStepPixels)
-        multiply<T>(sums, ptx::skip<true>({a0.low + from, a0.high}, k),
-                    ptx::skip<true>({b0.low + from, b0.high}, k), k > 0 || i > begin);
-      ptx::wgmma_commit();
-      if (i == share.begin) continue;
-      ptx::wgmma_wait<1>();  // the stage before is done with
-      if (leads) ptx::barrier_arrive(&header.empty[used.index]);
-      used.next(T::kStages);
-    }
-    ptx::wgmma_wait<0>();
-    if (to.rounded)
-      store_sums<T>(g, share, to, static_cast<typename T::E*>(to.first), sums, false);
-    else
-      store_sums<T>(g, share, to, static_cast<float*>(to.first) + share.split * g.weights(), sums,
-                    begin > share.begin);
+    for (int k = 0; k < kPixelStage; k += kStepPixels)
+      multiply<T>(sums, ptx::skip<true>({a0.low + from, a0.high}, k),
+                  ptx::skip<true>({b0.low + from, b0.high}, k), k > 0 || i > share.begin);
+    ptx::wgmma_commit();
+    if (i == share.begin) continue;
+    ptx::wgmma_wait<1>();  // the stage before is done with
+    if (leads) ptx::barrier_arrive(&header.empty[used.index]);
+    used.next(T::kStages);
   }
+  ptx::wgmma_wait<0>();
+  ptx::sync_threads<T::kConsumerWarps * kWarp>(kConsumerBarrier);
+  store_sums<T>(g, share, to, sums, ring);
 }
 
 template <typename T>
