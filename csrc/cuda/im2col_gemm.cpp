@@ -56,6 +56,8 @@ constexpr double kCachedShare = 0.5, kCachedBytes = 16 << 20;
 // more (ResNet-50's layers).
 constexpr double kHalfWeightPasses = 2, kHalfWeightLastPasses = 4;
 constexpr double kPackingPasses = 2;
+// What slices of 16 bits take besides: sums of their own, and adding them.
+constexpr double kHalfSlicesSeconds = 10e-6;
 constexpr double kLaunchSeconds = 3.4e-6;
 // Where groups are products of their own: a call, at least; a multiprocessor's tile of 64 pixels of
 // an image and group and as many rows, to begin and for each term of its short sums; and each pixel
@@ -505,7 +507,10 @@ class Im2colGemm final : public Algorithm {
     const double share = p.direction == Direction::kBackwardWeight ? kWeightShare : 1;
     const double memory =
         (p.bytes() + kWrites * written + column_bytes + packed) / (bandwidth * share);
+    const bool slices = p.direction == Direction::kBackwardWeight && element_size(p.dtype) == 2 &&
+                        slice_count(p, device) > 1;
     return std::max(multiply, memory) + passes * column_bytes / bandwidth +
+           (slices ? kHalfSlicesSeconds : 0) +
            (2 + 2 * chunks + (packs ? chunks : 0) + packs_weight(p)) * kLaunchSeconds;
   }
 

@@ -92,7 +92,7 @@ double estimate(const ConvProblem& p, const WeightPixels& g, const PixelTile& ti
   constexpr double kBytesOfCycle = 50, kAllBytesOfCycle = 5900;  // of a multiprocessor, of L2
   constexpr double kStageCycles = 60, kBlockCycles = 1200;
   constexpr double kBandwidthFraction = 0.83;
-  constexpr double kReduceSeconds = 0.7e-6, kPartTraffic = 1.6;
+  constexpr double kReduceSeconds = 3e-6, kPartTraffic = 1.6;
   constexpr int kStepPixels = 16, kSlotCycles = 32;  // of an instruction's step
   const double clock = device.fp32_flops / (kFlopsOfCycle * device.processors);
   const int64_t blocks = int64_t{g.tiles()} * g.splits;

@@ -150,27 +150,32 @@ __device__ __forceinline__ void store_sums(const WeightPixels& g, const Share& s
   float* const part = static_cast<float*>(to.first) + share.split * g.weights();
   E* const results = static_cast<E*>(to.first);
   const int64_t first = int64_t{share.group} * g.merged * g.out_channels;
-#pragma unroll 2
-  for (int line = 0; line < kWarpRows * T::kTile.slots; ++line) {
-    const int slot = share.slot + line / kWarpRows, row = line % kWarpRows;
-    const int out_channel = share.out_channel + warp * kWarpRows + row;  // of merged groups
+#pragma unroll 1
+  for (int j = 0; j < T::kTile.slots; ++j) {
+    const int slot = share.slot + j;
+    if (slot >= g.slots) break;
     const int block = g.by_taps.quotient(slot), tap = slot - block * g.taps;
     const int tap_h = g.by_kernel_w.quotient(tap), tap_w = tap - tap_h * g.kernel_w;
-    const int others = g.merged > 1 ? g.by_channels.quotient(out_channel) * g.channels : 0;
-    const int channel = block * kPixelChannels + 2 * lane - others;
-    if (slot >= g.slots || out_channel >= g.merged * g.out_channels ||
-        first + out_channel >= int64_t{g.groups} * g.out_channels ||
-        unsigned(channel) >= unsigned(g.channels))
-      continue;
-    const int64_t place = (first + out_channel) * to.out_channel + tap_h * to.tap_h +
-                          tap_w * to.tap_w + channel * to.channel;
-    const float2 pair = *reinterpret_cast<const float2*>(
-        rows + row * T::kSumsPitch + line / kWarpRows * kPixelChannels + 2 * lane);
-    if (!to.rounded) {
-      *reinterpret_cast<float2*>(part + place) = pair;
-    } else {
-      results[place] = convert<E>(pair.x);
-      results[place + to.channel] = convert<E>(pair.y);
+    const int64_t tap_place = tap_h * to.tap_h + tap_w * to.tap_w;
+#pragma unroll 4
+    for (int row = 0; row < kWarpRows; ++row) {
+      const int out_channel = share.out_channel + warp * kWarpRows + row;  // of merged groups
+      const int others = g.merged > 1 ? g.by_channels.quotient(out_channel) * g.channels : 0;
+      const int channel = block * kPixelChannels + 2 * lane - others;
+      if (out_channel >= g.merged * g.out_channels ||
+          first + out_channel >= int64_t{g.groups} * g.out_channels ||
+          unsigned(channel) >= unsigned(g.channels))
+        continue;
+      const int64_t place =
+          tap_place + (first + out_channel) * to.out_channel + channel * to.channel;
+      const float2 pair = *reinterpret_cast<const float2*>(rows + row * T::kSumsPitch +
+                                                           j * kPixelChannels + 2 * lane);
+      if (!to.rounded) {
+        *reinterpret_cast<float2*>(part + place) = pair;
+      } else {
+        results[place] = convert<E>(pair.x);
+        results[place + to.channel] = convert<E>(pair.y);
+      }
     }
   }
 }
