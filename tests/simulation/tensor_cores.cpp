@@ -50,7 +50,7 @@ void read_operand(uint32_t descriptor, uint32_t layout, int rows, bool bfloat16,
   const uint32_t swizzle = layout >> 30;
   const uint32_t plane = swizzle ? 16 : (descriptor >> 16 & 0x3fff) * 16;
   const int swizzled_bytes = swizzle ? 256 >> swizzle : 0;
-  if (begin + plane + rows / 8 * eight_rows > uint32_t(shared_bytes))
+  if (begin + (rows - 1) * (eight_rows / 8) + plane + kOctet * 2 > uint32_t(shared_bytes))
     fail("an operand ends behind the memory");
   const float* const value = (bfloat16 ? bfloats() : halves()).data();
   for (int k = 0; k < kDepth; ++k)

@@ -80,6 +80,10 @@ template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
   return std::bit_cast<T>(simulation::exchange(std::bit_cast<uint32_t>(value))[lane]);
 }
+inline int64_t __shfl_sync(unsigned mask, int64_t value, int lane) {
+  const uint32_t low = __shfl_sync(mask, uint32_t(value), lane);
+  return int64_t(uint64_t{__shfl_sync(mask, uint32_t(value >> 32), lane)} << 32 | low);
+}
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int apart) {
   return __shfl_sync(mask, value, simulation::thread_index() % simulation::kWarp ^ apart);
