@@ -341,6 +341,11 @@ DENSE_CHANNELS_LAST = [
     Problem("cells_3_groups", 1, 192, 11, 50, 96, (5, 1), padding=(2, 0), groups=3, bias=True),
     Problem("cells_4_groups", 2, 64, 14, 15, 64, (3, 3), padding=(1, 1), groups=4),
     Problem("cells_2_groups", 1, 48, 10, 11, 256, (3, 3), padding=(1, 1), groups=2),
+    # Tiles of pixels across rows and images, channels in several; weights that stay.
+    Problem("pixels_of_7x7", 9, 72, 7, 7, 264, (3, 3), padding=(1, 1), bias=True),
+    Problem("pixels_of_64_channels", 5, 64, 29, 31, 64, (3, 3), padding=(1, 1), bias=True),
+    Problem("phases_of_3x2", 2, 40, 29, 31, 136, (5, 3), (3, 2), (2, 1)),
+    Problem("windows_beyond", 2, 24, 9, 8, 64, (3, 4), padding=(4, 6), dilation=(2, 1)),
 ]
 
 # The ways of the depthwise kernels: windows copied by one, two and four words, results stored by

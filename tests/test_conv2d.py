@@ -152,20 +152,22 @@ def test_every_layout(layouts: tuple[str, str, str], direction: str, device: str
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
+@pytest.mark.parametrize("form", ["whole", "with_weight", "sliced"])
 @pytest.mark.parametrize("problem", CHANNELS_LAST + DENSE_CHANNELS_LAST, ids=lambda p: p.name)
 def test_channels_last(
-    problem: Problem, sliced: bool, dtype: torch.dtype, direction: str, device: str
+    problem: Problem, form: str, dtype: torch.dtype, direction: str, device: str
 ) -> None:
-    """Also as a slice of the channels, which begins anywhere."""
+    """Also with the weight, and as a slice of the channels, which begins anywhere."""
     x, w, bias, grad_output = reference.operands(problem, dtype, device)
 
     def dense_channels(tensor: Tensor) -> Tensor:
-        if not sliced:
+        if form != "sliced":
             return tensor.contiguous(memory_format=torch.channels_last)
         whole = torch.cat([tensor[:, :1], tensor, tensor], dim=1)
         return whole.contiguous(memory_format=torch.channels_last)[:, 1 : 1 + tensor.shape[1]]
 
+    if form == "with_weight":
+        w = dense_channels(w)
     tensors = (dense_channels(x), w, bias, dense_channels(grad_output))
     expected = expect(problem, direction, tensors)
     for algorithm, result in results(problem, direction, *tensors):

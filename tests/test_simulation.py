@@ -43,8 +43,9 @@ OTHERS += ["depthwise_channels_last_patches", "depthwise_channels_last_weight"]
 OTHERS += ["depthwise_channels_last_weight_registers", "grouped", "grouped_weight"]
 OTHERS += ["weight_parts", "implicit_gemm_weight_sm90"]
 OTHERS += ["implicit_gemm_weight_float16_sm90", "implicit_gemm_weight_bfloat16_sm90"]
-OTHERS += ["tma_im2col_weight_sm90", "direct"]
-OTHERS_HOST = [CSRC / f"cuda/{part}.cpp" for part in ("implicit_gemm_weight", "tma_im2col_weight")]
+OTHERS += ["tma_im2col_sm90", "tma_im2col_weight_sm90", "copy", "direct"]
+OTHERS_NAMES = ("implicit_gemm_weight", "tma_im2col", "tma_im2col_weight")
+OTHERS_HOST = [CSRC / f"cuda/{name}.cpp" for name in OTHERS_NAMES]
 
 DONE = "done"  # a file that is there when everything is compiled
 
@@ -204,7 +205,7 @@ CASES = {
     **{"depthwise_weight": 1200},
     **{"depthwise_large": 800, "depthwise_channels_last": 600},
     **{"grouped": 600, "grouped_weight": 500, "implicit_gemm_weight": 400},
-    **{"tma_im2col_weight": 300},
+    **{"tma_im2col": 600, "tma_im2col_weight": 300},
 }
 # How many of them must be of a kind (count_kinds in algorithms.cpp): of every algorithm, as a share
 # of its cases; of some, in numbers. "kernels" counts different ones: all or nearly all there are.
@@ -229,6 +230,11 @@ LEAST_CASES = {
     "implicit_gemm_weight": {
         **{"float16": 80, "bfloat16": 80, "float32": 80, "least_workspace": 15, "many_images": 3},
         **{"strided": 40, "kernels": 22},
+    },
+    "tma_im2col": {
+        **{"float16": 200, "bfloat16": 200, "scaled": 0, "tf32": 0},
+        **PIXELS,
+        **{"strided": 300, "dilated": 200, "high": 1, "kernels": 20},
     },
     "tma_im2col_weight": {
         **{"float16": 80, "bfloat16": 80, "tf32": 0, "scaled": 0, "many_images": 3},

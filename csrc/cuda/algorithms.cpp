@@ -6,6 +6,7 @@ AlgorithmList make_cuda_algorithms() {
   AlgorithmList list;
   list.push_back(cuda::make_implicit_gemm());
   list.push_back(cuda::make_implicit_gemm_weight());
+  list.push_back(cuda::make_tma_im2col());
   list.push_back(cuda::make_tma_im2col_weight());
   list.push_back(cuda::make_im2col_gemm());
   list.push_back(cuda::make_depthwise());

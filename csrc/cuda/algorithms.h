@@ -7,6 +7,7 @@ namespace convops::cuda {
 
 std::unique_ptr<Algorithm> make_implicit_gemm();
 std::unique_ptr<Algorithm> make_implicit_gemm_weight();
+std::unique_ptr<Algorithm> make_tma_im2col();
 std::unique_ptr<Algorithm> make_tma_im2col_weight();
 std::unique_ptr<Algorithm> make_im2col_gemm();
 std::unique_ptr<Algorithm> make_depthwise();

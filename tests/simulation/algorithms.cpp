@@ -35,6 +35,7 @@ const std::map<std::string, Make> kAlgorithms{
     {"grouped", cuda::make_grouped},
     {"grouped_weight", cuda::make_grouped_weight},
     {"implicit_gemm_weight", cuda::make_implicit_gemm_weight},
+    {"tma_im2col", cuda::make_tma_im2col},
     {"tma_im2col_weight", cuda::make_tma_im2col_weight},
 };
 

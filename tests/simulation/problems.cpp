@@ -44,6 +44,11 @@ Window random_window(Random& random, const std::string& algorithm) {
                                      one_of<int>(random, {1, 1, 2, 3}),
                                      random.between(1, 3),
                                      random.between(1, 3)};
+  if (algorithm == "tma_im2col") {
+    const auto side = [&] { return one_of<int>(random, {1, 1, 2, 3, 3, 5}); };
+    const auto stride = [&] { return one_of<int>(random, {1, 1, 2, 2, 3}); };
+    return {side(), side(), stride(), stride(), random.between(1, 2), random.between(1, 2)};
+  }
   if (algorithm != "depthwise_strips" && random.one_in(3)) return any_window(random, 7, 4, 4);
   return one_of<Window>(
       random, {square(3, 1), square(5, 1), square(7, 1), square(3, 2), square(5, 2), square(7, 2),
@@ -76,6 +81,11 @@ Channels random_channels(Random& random, const std::string& algorithm) {
   if (algorithm == "implicit_gemm_weight")
     return {random.one_in(3) ? 2 : 1, one_of<int>(random, {2, 5, 8, 16, 19, 70}),
             one_of<int>(random, {3, 16, 64, 70, 130})};
+  // Octets short of and beyond a stage's 64, and a block's 64 or 128.
+  if (algorithm == "tma_im2col") {
+    const auto channels = [&] { return one_of<int>(random, {8, 16, 40, 64, 72, 128, 136, 264}); };
+    return {1, channels(), channels()};
+  }
   // Channels short of and beyond a block's 32 or 64.
   if (algorithm == "depthwise_channels_last")
     return {one_of<int>(random, {1, 2, 3, 8, 31, 32, 33, 40, 64, 66, 96, 130}), 1, 1};
@@ -85,12 +95,12 @@ Channels random_channels(Random& random, const std::string& algorithm) {
 }
 
 // Dimensions from the innermost on, as they lie in memory, sometimes with gaps between them.
-Tensor4 random_layout(Random& random, const std::string& algorithm, const int64_t (&size)[4],
-                      std::vector<int> order, bool source, bool dense) {
+Tensor4 random_layout(Random& random, const int64_t (&size)[4], std::vector<int> order, bool source,
+                      bool dense, bool octets) {
   Tensor4 t{};
   std::ranges::copy(size, t.size);
   // What strides are multiples of.
-  const int vector = algorithm == "tma_im2col_weight" ? 8 : one_of<int>(random, {1, 1, 2, 4, 8});
+  const int vector = octets ? 8 : one_of<int>(random, {1, 1, 2, 4, 8});
   int64_t stride = 1;
   for (const int dimension : order) {
     t.stride[dimension] = stride;
@@ -107,7 +117,7 @@ Tensor4 random_layout(Random& random, const std::string& algorithm, const int64_
 }
 
 std::vector<int> random_order(Random& random, const std::string& algorithm) {
-  if (algorithm == "depthwise_channels_last" || algorithm == "tma_im2col_weight")
+  if (algorithm == "depthwise_channels_last" || algorithm.starts_with("tma_im2col"))
     return {1, 3, 2, 0};
   if (algorithm == "depthwise_large" || algorithm == "depthwise_strips")
     return one_of<std::vector<int>>(random,
@@ -151,7 +161,9 @@ int64_t extent(const Tensor4& t) {
 }
 
 ConvProblem random_problem(Random& random, const std::string& algorithm) {
-  const int64_t most_products = random.one_in(8) ? 2'000'000 : 300'000;
+  const bool tma = algorithm.starts_with("tma_im2col");
+  const bool pixels = algorithm == "tma_im2col";  // whose tiles are large
+  const int64_t most_products = (random.one_in(8) ? 2'000'000 : 300'000) * (pixels ? 10 : 1);
   const bool segments = algorithm == "implicit_gemm_weight";  // of rows: some of many columns
   ConvProblem p;
   std::memset(&p, 0, sizeof p);
@@ -160,11 +172,10 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
   if (algorithm.ends_with("weight")) p.direction = Direction::kBackwardWeight;
   if (algorithm.starts_with("grouped") || algorithm == "depthwise_planes")
     p.dtype = DType::kFloat32;
-  if (algorithm == "tma_im2col_weight")
-    p.dtype = one_of<DType>(random, {DType::kFloat16, DType::kBFloat16});
+  if (tma) p.dtype = random.one_in(2) ? DType::kFloat16 : DType::kBFloat16;
   if (algorithm == "depthwise_strips" && random.one_in(4)) p.dtype = DType::kFloat64;
   if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips" ||
-      algorithm == "depthwise_planes")
+      algorithm == "depthwise_planes" || pixels)
     p.direction = Direction(random.between(0, 1));
   if (p.dtype == DType::kFloat32 && random.one_in(2)) p.precision = Precision::kTf32;
   p.has_bias = p.direction == Direction::kForward && random.one_in(2);
@@ -191,8 +202,8 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
     const bool any_order = algorithm == "implicit_gemm_weight" && p.dtype != DType::kFloat32;
     const auto layout = [&](const int64_t (&size)[4], Direction writes) {
       const bool last = any_order && random.one_in(2);
-      return random_layout(random, algorithm, size, last ? std::vector<int>{1, 3, 2, 0} : order,
-                           p.direction != writes, dense);
+      return random_layout(random, size, last ? std::vector<int>{1, 3, 2, 0} : order,
+                           p.direction != writes, dense, tma);
     };
     p.stride = {window.stride_h, window.stride_w};
     p.dilation = {window.dilation_h, window.dilation_w};
@@ -204,6 +215,7 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
         layout({batch, channels.groups * channels.out, h.output, w.output}, Direction::kForward);
     p.weight = layout({channels.groups * channels.out, channels.in, window.kh, window.kw},
                       Direction::kBackwardWeight);
+    if (pixels && random.one_in(4)) p.weight = Tensor4::contiguous(p.weight.size);
   } while (p.flops() / 2 > most_products);
   return p;
 }

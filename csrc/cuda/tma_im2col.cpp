@@ -1,0 +1,282 @@
+// tma_im2col: forward and backward-input of float16 and bfloat16 convolutions in channels_last on
+// Hopper's tensor cores: an implicit GEMM whose columns the copy engine makes (TMA's im2col mode).
+// Its kernel is in tma_im2col_sm90.cu; docs/tma_im2col.md tells how fast it is.
+#include "cuda/tma_im2col.h"
+
+#include <algorithm>
+#include <iterator>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/algorithms.h"
+#include "cuda/im2col.h"
+#include "cuda/implicit_gemm.h"
+#include "cuda/tensor_map.h"
+
+namespace convops::cuda {
+namespace {
+
+constexpr int kVector = vector_elements(2);
+constexpr uintptr_t kVectorBytes = 16;
+
+bool is_forward(const ConvProblem& p) { return p.direction == Direction::kForward; }
+const Tensor4& source(const ConvProblem& p) { return is_forward(p) ? p.input : p.output; }
+
+// A phase of the result along one axis: every step-th from `first` on.
+struct AxisPhase {
+  int first, count;
+  int begin;   // of the first window in the source
+  int taps;    // of a window
+  int weight;  // the first one's place in the kernel
+};
+struct Axis {
+  std::vector<AxisPhase> phases;
+  int result_step, step, shift, weight_step;
+};
+
+Axis make_axis(const ConvProblem& p, int dimension) {
+  const bool rows = dimension == 2;
+  const int stride = int(rows ? p.stride.h : p.stride.w);
+  const int padding = int(rows ? p.padding.h : p.padding.w);
+  const int dilation = int(rows ? p.dilation.h : p.dilation.w);
+  const int kernel = int(p.weight.size[dimension]), results = int(p.result().size[dimension]);
+  if (is_forward(p)) return {{{0, results, -padding, kernel, 0}}, 1, stride, dilation, 1};
+  // Result i is the sum of the taps j for which (i + padding - j · dilation) / stride is whole; the
+  // last of them is the first of the window. Either factor is 1.
+  const int shift = stride == 1 ? dilation : 1;
+  Axis axis{{}, stride, 1, shift, -stride};
+  for (int first = 0; first < std::min(stride, results); ++first) {
+    const int least = (first + padding) % stride;
+    const int taps = least < kernel ? int(ceil_divide(kernel - least, stride)) : 0;
+    axis.phases.push_back({first, int(ceil_divide(results - first, stride)),
+                           (first + padding) / stride - (taps - 1) * shift, taps,
+                           least + (taps - 1) * stride});
+  }
+  return axis;
+}
+
+// Strides of what has no second element may be anything.
+Tensor4 with_strides(Tensor4 t) {
+  for (int i = 0; i < 4; ++i)
+    if (t.size[i] == 1) t.stride[i] = i == 1 ? 1 : round_up(t.size[1], kVector);
+  return t;
+}
+// Whether the copy engine can have a tensor's pixels, and vectors be stored to them.
+bool is_mappable(const Tensor4& tensor) {
+  const Tensor4 t = with_strides(tensor);
+  for (const int i : {0, 2, 3})
+    if (t.stride[i] <= 0 || t.stride[i] >= kMaxMapStride || t.stride[i] % kVector != 0)
+      return false;
+  return t.stride[1] == 1 && t.size[1] % kVector == 0;
+}
+
+Windows windows(const Axis& axis, const AxisPhase& phase) {
+  return {phase.begin, phase.count, axis.step};
+}
+
+std::string refuse_windows(const ConvProblem& p, const Axis& axis, int dimension) {
+  if (axis.step > kMostStep) return "a stride of " + std::to_string(axis.step);
+  for (const AxisPhase& phase : axis.phases) {
+    const int64_t side = source(p).size[dimension];
+    const int64_t last = last_corner(windows(axis, phase), side);
+    if (phase.taps > 0 && (phase.begin < kLeastCorner || phase.begin > kMostCorner ||
+                           last < kLeastCorner || last > kMostCorner))
+      return "windows that begin " + std::to_string(-phase.begin) + " before or " +
+             std::to_string(last) + " behind a side of " + std::to_string(side);
+    if ((phase.taps - 1) * int64_t{axis.shift} > kMostShift)
+      return "a window of " + std::to_string((phase.taps - 1) * axis.shift + 1);
+  }
+  return "";
+}
+
+PixelGemm describe(const ConvProblem& p, const PixelShape& shape) {
+  const Axis h = make_axis(p, 2), w = make_axis(p, 3);
+  const Tensor4& result = p.result();
+  PixelGemm g{};
+  g.channels = int(result.size[1]);
+  g.sums = int(source(p).size[1]);
+  g.by_channel_tiles = Divisor(ceil_divide(g.channels, shape.channels));
+  g.result_step_h = h.result_step;
+  g.result_step_w = w.result_step;
+  g.step_h = h.step;
+  g.step_w = w.step;
+  g.shift_h = h.shift;
+  g.shift_w = w.shift;
+  g.weight_step_h = h.weight_step;
+  g.weight_step_w = w.weight_step;
+  g.image_stride = result.stride[0];
+  g.row_stride = result.stride[2];
+  g.column_stride = result.stride[3];
+  g.bias_stride = p.bias_stride;
+  for (const AxisPhase& y : h.phases)
+    for (const AxisPhase& x : w.phases) {
+      PixelPhase& phase = g.phases[g.phase_count++];
+      phase.by_columns = Divisor(x.count);
+      phase.by_pixels = Divisor(int64_t{x.count} * y.count);
+      phase.pixels = int(p.batch() * x.count * y.count);
+      phase.result_h = y.first;
+      phase.result_w = x.first;
+      phase.begin_h = y.begin;
+      phase.begin_w = x.begin;
+      phase.taps_h = y.taps;
+      phase.taps_w = y.taps > 0 ? x.taps : 0;
+      phase.weight_h = y.weight;
+      phase.weight_w = x.weight;
+    }
+  // The longest first, so that short ones fill what is left.
+  std::stable_sort(g.phases, g.phases + g.phase_count, [](const auto& a, const auto& b) {
+    return a.taps_h * a.taps_w > b.taps_h * b.taps_w;
+  });
+  for (PixelPhase& phase : std::span(g.phases, size_t(g.phase_count))) {
+    phase.first_tile = g.tiles;
+    g.tiles += int(ceil_divide(phase.pixels, shape.pixels()) * g.by_channel_tiles.value);
+  }
+  return g;
+}
+
+PixelOperands make_operands(const ConvProblem& p, const PixelGemm& g, const PixelShape& shape,
+                            const Operands& operands) {
+  PixelOperands pixels{is_forward(p) ? operands.input : operands.output,
+                       operands.weight,
+                       operands.bias,
+                       is_forward(p) ? operands.output : operands.input,
+                       {},
+                       {}};
+  const Tensor4 from = with_strides(source(p)), weight = with_strides(p.weight);
+  pixels.weight_map = make_map(
+      operands.weight, {weight.size[1], weight.size[3], weight.size[2], weight.size[0]},
+      {weight.stride[3], weight.stride[2], weight.stride[0]},
+      {kMapChannels, 1, 1, is_forward(p) ? shape.channels : kMapChannels}, 2, kMapChannels * 2);
+  for (int i = 0; i < g.phase_count; ++i) {
+    const PixelPhase& phase = g.phases[i];
+    if (phase.taps_h * phase.taps_w == 0) continue;
+    const int columns = int(phase.by_columns.value), rows = int(phase.by_pixels.value) / columns;
+    pixels.source_maps[i] = make_im2col_map(pixels.source, from, {phase.begin_h, rows, g.step_h},
+                                            {phase.begin_w, columns, g.step_w}, shape.pixels());
+  }
+  return pixels;
+}
+
+struct Plan {
+  int shape;  // of kPixelShapes
+  PixelGemm gemm;
+  double seconds;
+};
+
+// Fitted to an H200 (docs/tma_im2col.md): 9% root mean square near each problem's fastest shape.
+double estimate(const ConvProblem& p, const PixelGemm& g, int shape, const Device& device) {
+  // Of 64 channels of a tap, for each of kPixelShapes; so many times as long where boxes reach past
+  // the channels of the source, or of the result.
+  constexpr double kStepSeconds[] = {0.261e-6, 0.357e-6, 0.342e-6, 0.473e-6};
+  static_assert(std::size(kStepSeconds) == std::size(kPixelShapes));
+  constexpr double kPartialBox = 1.42;
+  constexpr double kStoreSeconds[] = {0.8e-6, 1.24e-6};  // a tile, by a team of one and of two
+  // Of the shorter of computing and memory this is not hidden, which the bandwidth allows for.
+  constexpr double kOverlap = 0.62, kBandwidthFraction = 1.2;
+  constexpr double kLaunchSeconds = 4.2e-6;
+  double steps = 0;
+  for (int i = 0; i < g.phase_count; ++i) {
+    const PixelPhase& phase = g.phases[i];
+    const int end = i + 1 < g.phase_count ? g.phases[i + 1].first_tile : g.tiles;
+    steps += double(end - phase.first_tile) * phase.taps_h * phase.taps_w *
+             double(ceil_divide(g.sums, kMapChannels));
+  }
+  const auto& [warpgroups, channels, teams] = kPixelShapes[shape];
+  double multiply = steps / g.tiles * kStepSeconds[shape];
+  if (g.sums % kMapChannels != 0) multiply *= kPartialBox;
+  if (g.channels % channels != 0) multiply *= kPartialBox;
+  const double store = kStoreSeconds[teams - 1];
+  const double tile = teams == 1 ? multiply + store : std::max(multiply, (multiply + store) / 2);
+  const double compute = double(ceil_divide(g.tiles, device.processors)) * tile + store;
+  const double memory = p.bytes() / (device.bandwidth * kBandwidthFraction);
+  return kLaunchSeconds + std::max(compute, memory) + kOverlap * std::min(compute, memory);
+}
+
+Plan make_plan(const ConvProblem& p, const Device& device) {
+  Plan best{};
+  for (int i = 0; i < int(std::size(kPixelShapes)); ++i) {
+    const PixelGemm gemm = describe(p, kPixelShapes[i]);
+    const double seconds = estimate(p, gemm, i, device);
+    if (i == 0 || seconds < best.seconds) best = {i, gemm, seconds};
+  }
+  return best;
+}
+
+class TmaIm2col final : public Algorithm {
+ public:
+  std::string name() const override { return "tma_im2col"; }
+  DeviceType device_type() const override { return DeviceType::kCuda; }
+
+  std::string can_run(const ConvProblem& p, const Device& device) const override {
+    if (device.compute_capability != 90) return "made for compute capability 9.0 (Hopper)";
+    if (element_size(p.dtype) != 2) return "only float16 and bfloat16";
+    if (p.direction == Direction::kBackwardWeight) return "no backward-weight";
+    if (p.groups != 1) return std::to_string(p.groups) + " groups";
+    if (p.batch() == 0 || p.weight.numel() == 0) return "nothing to sum";
+    for (const auto& [tensor, name] : {std::pair{p.input, "input"}, std::pair{p.output, "output"}})
+      if (!is_mappable(tensor))
+        return std::string(name) + " not in channels_last, or not by 8 channels";
+    for (const int64_t extent :
+         {p.batch() * p.input.size[2] * p.input.size[3], p.batch() * p.output_pixels(),
+          p.in_channels(), p.out_channels(), p.weight.numel(), p.padding.h, p.padding.w,
+          p.kernel().h * p.dilation.h, p.kernel().w * p.dilation.w, p.stride.h, p.stride.w})
+      if (extent >= kMaxExtent) return "a side or padding of 2^30 or more";
+    const int64_t products = source(p).size[1] * p.kernel().h * p.kernel().w;
+    if (products > kMostHalfProducts) return "sums of " + std::to_string(products) + " products";
+    if (!is_forward(p)) {
+      if ((p.stride.h > 1 && p.kernel().h > 1 && p.dilation.h > 1) ||
+          (p.stride.w > 1 && p.kernel().w > 1 && p.dilation.w > 1))
+        return "a stride and a dilation in one direction";
+      if (p.stride.h * p.stride.w > kMostPhases)
+        return std::to_string(p.stride.h * p.stride.w) + " phases";
+    }
+    for (const int dimension : {2, 3})
+      if (const std::string reason = refuse_windows(p, make_axis(p, dimension), dimension);
+          !reason.empty())
+        return reason;
+    return "";
+  }
+
+  double cost(const ConvProblem& p, const Device& device) const override {
+    constexpr double kPackSeconds = 4e-6;  // a launch
+    return make_plan(p, device).seconds + (is_mappable(p.weight) ? 0 : kPackSeconds);
+  }
+
+  WorkspaceRange workspace(const ConvProblem& p, const Device&) const override {
+    const int64_t bytes = is_mappable(p.weight) ? 0 : p.weight.numel() * element_size(p.dtype);
+    return {bytes, bytes};
+  }
+
+  void run(const ConvProblem& p, const Operands& operands,
+           const Execution& execution) const override {
+    ConvProblem mapped = p;
+    Operands mapped_operands = operands;
+    const bool packs = !is_mappable(p.weight);
+    // The copy engine has whole vectors only.
+    for (const void* tensor : {operands.input, packs ? nullptr : operands.weight, operands.output})
+      if (reinterpret_cast<uintptr_t>(tensor) % kVectorBytes != 0)
+        return direct_->run(p, operands, execution);
+    if (packs) {
+      mapped.weight = Tensor4::channels_last(p.weight.size);
+      mapped_operands.weight = execution.workspace;
+      copy(mapped.weight, execution.workspace, p.dtype, p.weight, operands.weight, p.dtype,
+           execution.stream);
+    }
+    const Plan plan = make_plan(mapped, *execution.device);
+    multiply_pixels(mapped, plan.gemm, plan.shape,
+                    make_operands(mapped, plan.gemm, kPixelShapes[plan.shape], mapped_operands),
+                    execution);
+  }
+
+ private:
+  std::unique_ptr<Algorithm> direct_ = make_direct();
+};
+
+}  // namespace
+
+std::unique_ptr<Algorithm> make_tma_im2col() { return std::make_unique<TmaIm2col>(); }
+
+}  // namespace convops::cuda
