@@ -92,12 +92,29 @@ std::string refuse_windows(const ConvProblem& p, const Axis& axis, int dimension
   return "";
 }
 
+// Whether groups share 64 channels.
+bool is_merged(const ConvProblem& p) {
+  const int64_t channels = p.group_in_channels();
+  return p.groups > 1 && channels == p.group_out_channels() && kMapChannels % channels == 0;
+}
+bool packs(const ConvProblem& p) { return is_merged(p) || !is_mappable(p.weight); }
+// The weight that is multiplied.
+Tensor4 packed_weight(const ConvProblem& p) {
+  if (!packs(p)) return p.weight;
+  const auto& size = p.weight.size;
+  return Tensor4::channels_last({size[0], is_merged(p) ? kMapChannels : size[1], size[2], size[3]});
+}
+int64_t packed_bytes(const ConvProblem& p) {
+  return packs(p) ? packed_weight(p).numel() * element_size(p.dtype) : 0;
+}
+
 PixelGemm describe(const ConvProblem& p, const PixelShape& shape) {
   const Axis h = make_axis(p, 2), w = make_axis(p, 3);
   const Tensor4& result = p.result();
   PixelGemm g{};
   g.channels = int(result.size[1]);
-  g.sums = int(source(p).size[1]);
+  g.merged = is_merged(p);
+  g.sums = g.merged ? kMapChannels : int(source(p).size[1]);
   g.by_channel_tiles = Divisor(ceil_divide(g.channels, shape.channels));
   g.result_step_h = h.result_step;
   g.result_step_w = w.result_step;
@@ -138,16 +155,16 @@ PixelGemm describe(const ConvProblem& p, const PixelShape& shape) {
 }
 
 PixelOperands make_operands(const ConvProblem& p, const PixelGemm& g, const PixelShape& shape,
-                            const Operands& operands) {
+                            const Operands& operands, const void* packed) {
   PixelOperands pixels{is_forward(p) ? operands.input : operands.output,
                        operands.weight,
                        operands.bias,
                        is_forward(p) ? operands.output : operands.input,
                        {},
                        {}};
-  const Tensor4 from = with_strides(source(p)), weight = with_strides(p.weight);
+  const Tensor4 from = with_strides(source(p)), weight = with_strides(packed_weight(p));
   pixels.weight_map = make_map(
-      operands.weight, {weight.size[1], weight.size[3], weight.size[2], weight.size[0]},
+      packed, {weight.size[1], weight.size[3], weight.size[2], weight.size[0]},
       {weight.stride[3], weight.stride[2], weight.stride[0]},
       {kMapChannels, 1, 1, is_forward(p) ? shape.channels : kMapChannels}, 2, kMapChannels * 2);
   for (int i = 0; i < g.phase_count; ++i) {
@@ -199,6 +216,7 @@ Plan make_plan(const ConvProblem& p, const Device& device) {
   Plan best{};
   for (int i = 0; i < int(std::size(kPixelShapes)); ++i) {
     const PixelGemm gemm = describe(p, kPixelShapes[i]);
+    if (gemm.merged && kPixelShapes[i].channels != kMapChannels) continue;
     const double seconds = estimate(p, gemm, i, device);
     if (i == 0 || seconds < best.seconds) best = {i, gemm, seconds};
   }
@@ -214,7 +232,10 @@ class TmaIm2col final : public Algorithm {
     if (device.compute_capability != 90) return "made for compute capability 9.0 (Hopper)";
     if (element_size(p.dtype) != 2) return "only float16 and bfloat16";
     if (p.direction == Direction::kBackwardWeight) return "no backward-weight";
-    if (p.groups != 1) return std::to_string(p.groups) + " groups";
+    if (p.groups != 1 && !is_merged(p))
+      return "groups of " + std::to_string(p.group_in_channels()) + " and " +
+             std::to_string(p.group_out_channels()) + " channels";
+    if (p.is_depthwise()) return "depthwise: no sum over channels";
     if (p.batch() == 0 || p.weight.numel() == 0) return "nothing to sum";
     for (const auto& [tensor, name] : {std::pair{p.input, "input"}, std::pair{p.output, "output"}})
       if (!is_mappable(tensor))
@@ -224,7 +245,8 @@ class TmaIm2col final : public Algorithm {
           p.in_channels(), p.out_channels(), p.weight.numel(), p.padding.h, p.padding.w,
           p.kernel().h * p.dilation.h, p.kernel().w * p.dilation.w, p.stride.h, p.stride.w})
       if (extent >= kMaxExtent) return "a side or padding of 2^30 or more";
-    const int64_t products = source(p).size[1] * p.kernel().h * p.kernel().w;
+    const int64_t sums = is_merged(p) ? kMapChannels : source(p).size[1];
+    const int64_t products = sums * p.kernel().h * p.kernel().w;
     if (products > kMostHalfProducts) return "sums of " + std::to_string(products) + " products";
     if (!is_forward(p)) {
       if ((p.stride.h > 1 && p.kernel().h > 1 && p.dilation.h > 1) ||
@@ -242,32 +264,29 @@ class TmaIm2col final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     constexpr double kPackSeconds = 4e-6;  // a launch
-    return make_plan(p, device).seconds + (is_mappable(p.weight) ? 0 : kPackSeconds);
+    return make_plan(p, device).seconds + (packs(p) ? kPackSeconds : 0);
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device&) const override {
-    const int64_t bytes = is_mappable(p.weight) ? 0 : p.weight.numel() * element_size(p.dtype);
-    return {bytes, bytes};
+    return {packed_bytes(p), packed_bytes(p)};
   }
 
   void run(const ConvProblem& p, const Operands& operands,
            const Execution& execution) const override {
-    ConvProblem mapped = p;
-    Operands mapped_operands = operands;
-    const bool packs = !is_mappable(p.weight);
+    const void* const weight = packs(p) ? execution.workspace : operands.weight;
     // The copy engine has whole vectors only.
-    for (const void* tensor : {operands.input, packs ? nullptr : operands.weight, operands.output})
+    for (const void* tensor : {static_cast<const void*>(operands.input), weight,
+                               static_cast<const void*>(operands.output)})
       if (reinterpret_cast<uintptr_t>(tensor) % kVectorBytes != 0)
         return direct_->run(p, operands, execution);
-    if (packs) {
-      mapped.weight = Tensor4::channels_last(p.weight.size);
-      mapped_operands.weight = execution.workspace;
-      copy(mapped.weight, execution.workspace, p.dtype, p.weight, operands.weight, p.dtype,
+    if (is_merged(p))
+      pack_groups(p, operands.weight, execution.workspace, execution.stream);
+    else if (packs(p))
+      copy(packed_weight(p), execution.workspace, p.dtype, p.weight, operands.weight, p.dtype,
            execution.stream);
-    }
-    const Plan plan = make_plan(mapped, *execution.device);
-    multiply_pixels(mapped, plan.gemm, plan.shape,
-                    make_operands(mapped, plan.gemm, kPixelShapes[plan.shape], mapped_operands),
+    const Plan plan = make_plan(p, *execution.device);
+    multiply_pixels(p, plan.gemm, plan.shape,
+                    make_operands(p, plan.gemm, kPixelShapes[plan.shape], operands, weight),
                     execution);
   }
 

@@ -38,8 +38,11 @@ struct PixelPhase {
   int weight_h, weight_w;  // the first one's place in the weight
 };
 
+// Groups of few channels are multiplied 64 channels at a time, as if those were one group, by a
+// weight with zeros between them (pack_groups).
 struct PixelGemm {
-  int channels, sums;                               // of the result, and the source
+  int channels, sums;                               // of the result, and what it sums over
+  bool merged;                                      // source channels: those of the tile's result
   int phase_count, tiles;                           // tiles: of all phases
   Divisor by_channel_tiles;                         // of a phase's pixels
   int result_step_h, result_step_w;                 // from a phase's result to the next
@@ -56,6 +59,9 @@ struct PixelOperands {
   void* result;
   CUtensorMap weight_map, source_maps[kMostPhases];
 };
+
+// Packs a weight of groups that share 64 channels, [out channel][tap][64], zeros for other groups'.
+void pack_groups(const ConvProblem& problem, const void* weight, void* packed, void* stream);
 
 // Launches the kernel of kPixelShapes[shape].
 void multiply_pixels(const ConvProblem& problem, const PixelGemm& gemm, int shape,

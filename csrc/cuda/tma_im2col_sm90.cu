@@ -129,6 +129,7 @@ __device__ __forceinline__ void produce(const PixelGemm& g, const PixelOperands&
     const Place first(phase, tile.pixel);
     const int h = phase.begin_h + first.row * g.step_h;
     const int w = phase.begin_w + first.column * g.step_w;
+    const int merged = g.merged ? tile.channel : 0;  // source channels before the merged groups'
     for (int tap_h = 0; tap_h < phase.taps_h; ++tap_h)
       for (int tap_w = 0; tap_w < phase.taps_w; ++tap_w) {
         const int weight_h = phase.weight_h + tap_h * g.weight_step_h;
@@ -139,13 +140,14 @@ __device__ __forceinline__ void produce(const PixelGemm& g, const PixelOperands&
           uint8_t* const weight = source + T::kSourceBytes;
           ptx::barrier_wait(&header.empty[stage.index], stage.parity ^ 1);
           ptx::expect_bytes(full, T::kStageBytes);
-          ptx::copy_pixels(source, &operands.source_maps[tile.number], {k, w, h, first.image},
+          ptx::copy_pixels(source, &operands.source_maps[tile.number],
+                           {merged + k, w, h, first.image},
                            {uint16_t(tap_w * g.shift_w), uint16_t(tap_h * g.shift_h)}, full);
           if constexpr (T::kTurned) {
 #pragma unroll
             for (int i = 0; i < T::kShape.channels; i += kMapChannels)
               ptx::copy_box(weight + i * kRowBytes, &operands.weight_map,
-                            {tile.channel + i, weight_w, weight_h, k}, full);
+                            {tile.channel - merged + i, weight_w, weight_h, merged + k}, full);
           } else {
             ptx::copy_box(weight, &operands.weight_map, {k, weight_w, weight_h, tile.channel},
                           full);
@@ -197,6 +199,8 @@ __device__ __forceinline__ void store(const ConvProblem& p, const PixelGemm& g,
   E* const result = static_cast<E*>(operands.result) + channel;
   const E* const from = static_cast<const E*>(operands.bias);
   const uint32_t row = uint32_t(__cvta_generic_to_shared(staged)) + lane % 16 * kRowBytes;
+  // NaN may come of zeros outside of grad_output and an infinite weight, or of other groups.
+  const bool checks = T::kTurned || g.merged;
   bool nan = false;
 #pragma unroll
   for (int block = 0; block < T::kShape.channels; block += kMapChannels) {
@@ -230,13 +234,12 @@ __device__ __forceinline__ void store(const ConvProblem& p, const PixelGemm& g,
       const int64_t to = __shfl_sync(~0u, own_place, pixel);
       if (to < 0 || channel + block >= g.channels) continue;
       *reinterpret_cast<uint4*>(result + to + block) = elements;
-      if constexpr (T::kTurned)
+      if (checks)
         nan |= has_nan<E>(elements.x) || has_nan<E>(elements.y) || has_nan<E>(elements.z) ||
                has_nan<E>(elements.w);
     }
   }
-  if constexpr (T::kTurned) {
-    // Perhaps of zeros outside of grad_output and an infinite weight.
+  if (checks) {
     const int end = nan ? min(first + kWarpPixels, phase.pixels) : 0;
 #pragma unroll 1
     for (int pixel = first + line; pixel < end; pixel += kLines)
@@ -247,10 +250,18 @@ __device__ __forceinline__ void store(const ConvProblem& p, const PixelGemm& g,
         const Place place(phase, pixel);
         E& to_check = result[element(place) + at];
         if (convert<float>(to_check) == convert<float>(to_check)) continue;
-        to_check = convert<E>(backward_input_element(
-            p, static_cast<const E*>(operands.source), static_cast<const E*>(operands.weight),
-            int64_t{place.image}, int64_t{channel + at}, int64_t{place.h(g, phase)},
-            int64_t{place.w(g, phase)}));
+        const auto element_of = [&](auto define) {
+          return define(p, static_cast<const E*>(operands.source),
+                        static_cast<const E*>(operands.weight), int64_t{place.image},
+                        int64_t{channel + at}, int64_t{place.h(g, phase)},
+                        int64_t{place.w(g, phase)});
+        };
+        if constexpr (T::kTurned)
+          to_check = convert<E>(element_of(backward_input_element<E>));
+        else
+          to_check = convert<E>(
+              element_of(forward_element<E>) +
+              (from ? convert<float>(from[int64_t{channel + at} * g.bias_stride]) : 0.f));
       }
   }
 }
@@ -335,6 +346,23 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
 }
 
+constexpr int kPackThreads = 256;
+template <typename T>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_groups_kernel(const __grid_constant__ ConvProblem p, const T* weight, T* packed) {
+  const int64_t taps = p.kernel().h * p.kernel().w, channels = p.group_in_channels();
+  const int64_t element = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
+  const int64_t line = element / kMapChannels, out_channel = line / taps, tap = line % taps;
+  if (out_channel >= p.out_channels()) return;
+  const int64_t before = out_channel % kMapChannels / channels * channels;
+  const int64_t channel = element % kMapChannels - before;
+  const auto& stride = p.weight.stride;
+  const bool own = channel >= 0 && channel < channels;
+  packed[element] = own ? weight[out_channel * stride[0] + channel * stride[1] +
+                                 tap / p.kernel().w * stride[2] + tap % p.kernel().w * stride[3]]
+                        : T{};
+}
+
 template <typename T>
 void launch(const ConvProblem& p, const PixelGemm& g, const PixelOperands& operands,
             const Execution& execution) {
@@ -358,6 +386,14 @@ void launch_shape(const ConvProblem& p, const PixelGemm& g, int shape,
 }
 
 }  // namespace
+
+void pack_groups(const ConvProblem& p, const void* weight, void* packed, void* stream) {
+  const int64_t elements = p.out_channels() * p.kernel().h * p.kernel().w * kMapChannels;
+  pack_groups_kernel<uint16_t>
+      <<<unsigned(ceil_divide(elements, kPackThreads)), kPackThreads, 0, cudaStream_t(stream)>>>(
+          p, static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed));
+  CONVOPS_LAUNCH_CHECK("tma_im2col weights");
+}
 
 void multiply_pixels(const ConvProblem& p, const PixelGemm& g, int shape,
                      const PixelOperands& operands, const Execution& execution) {

@@ -70,7 +70,7 @@ Channels random_channels(Random& random, const std::string& algorithm) {
     return c;
   }
   // Octets short of and beyond a block's 64 to 256.
-  if (algorithm == "tma_im2col_weight" && random.one_in(3)) {
+  if (algorithm.starts_with("tma_im2col") && random.one_in(3)) {
     const int channels = one_of<int>(random, {2, 4, 8, 16, 32, 64});
     return {random.between(1, 3) * std::max(1, 8 / channels) * 2, channels, channels};
   }
