@@ -62,6 +62,14 @@ class Memory {
   uint8_t* begin_;
 };
 
+// All results are whole numbers, or NaN or infinite. Weights in parts are some 2^-22 larger than
+// they are, by what the tensor cores' sums lose (mean_loss).
+bool is_right(float result, float expected) {
+  constexpr float kMost = 0.125f;
+  return result == expected || std::abs(result - expected) < kMost ||
+         (std::isnan(result) && std::isnan(expected));
+}
+
 // What an algorithm reads and writes.
 convops::Operands operands_of(const Convolution& c, Memory& source, Memory& weight, Memory& bias,
                               Memory& result) {
@@ -91,7 +99,7 @@ void check_plan(Random& random, const Convolution& c, const GemmPlan& plan, int 
   const auto take_results = [&] {
     for (size_t i = 0; i < results; ++i) {
       if (result.is_poison(i)) continue;
-      if (result[i] != c.result[i]) fail("a wrong result");
+      if (!is_right(result[i], c.result[i])) fail("a wrong result");
       if (writer[i] != kNobody) fail("a result of two blocks");
       writer[i] = block;
       result.poison(i);
@@ -128,7 +136,7 @@ void check_plan(Random& random, const Convolution& c, const GemmPlan& plan, int 
   gemm.bad_jobs[job] = 1;
   recompute_bad_jobs(plan.problem, plan.tile, gemm, random.between(1, 3), nullptr);
   for (size_t i = 0; i < results; ++i) {
-    if (result.is_poison(i) ? writer[i] == first_block + job : result[i] != c.result[i])
+    if (result.is_poison(i) ? writer[i] == first_block + job : !is_right(result[i], c.result[i]))
       fail("a wrong or missing result of the last kernel");
   }
   if (!result.is_untouched_around()) fail("the last kernel writes outside of the result");
@@ -151,8 +159,7 @@ void check_special(Random& random, const Convolution& plain, const GemmPlan& pla
   make_implicit_gemm()->run(c.problem, operands_of(c, source, weight, bias, result),
                             {&device, nullptr, workspace.data(), plan.workspace.bytes});
   for (size_t i = 0; i < c.result.size(); ++i)
-    if (result[i] != c.result[i] && !(std::isnan(result[i]) && std::isnan(c.result[i])))
-      fail("a result of Inf or NaN is wrong");
+    if (!is_right(result[i], c.result[i])) fail("a result of Inf or NaN is wrong");
 }
 
 }  // namespace simulation
