@@ -14,13 +14,10 @@
 #include "cuda/algorithms.h"
 #include "cuda/im2col.h"
 #include "cuda/implicit_gemm.h"
-#include "cuda/tensor_map.h"
+#include "cuda/pixel_walk.h"
 
 namespace convops::cuda {
 namespace {
-
-constexpr int kVector = vector_elements(2);
-constexpr uintptr_t kVectorBytes = 16;
 
 bool is_forward(const ConvProblem& p) { return p.direction == Direction::kForward; }
 const Tensor4& source(const ConvProblem& p) { return is_forward(p) ? p.input : p.output; }
@@ -58,51 +55,32 @@ Axis make_axis(const ConvProblem& p, int dimension) {
   return axis;
 }
 
-// Strides of what has no second element may be anything.
-Tensor4 with_strides(Tensor4 t) {
-  for (int i = 0; i < 4; ++i)
-    if (t.size[i] == 1) t.stride[i] = i == 1 ? 1 : round_up(t.size[1], kVector);
-  return t;
-}
 // Whether the copy engine can have a tensor's pixels, and vectors be stored to them.
 bool is_mappable(const Tensor4& tensor) {
-  const Tensor4 t = with_strides(tensor);
-  for (const int i : {0, 2, 3})
-    if (t.stride[i] <= 0 || t.stride[i] >= kMaxMapStride || t.stride[i] % kVector != 0)
-      return false;
-  return t.stride[1] == 1 && t.size[1] % kVector == 0;
+  return refuse_pixels(tensor, "").empty() && tensor.size[1] % kPixelVector == 0;
 }
 
 Windows windows(const Axis& axis, const AxisPhase& phase) {
   return {phase.begin, phase.count, axis.step};
 }
 
-std::string refuse_windows(const ConvProblem& p, const Axis& axis, int dimension) {
-  if (axis.step > kMostStep) return "a stride of " + std::to_string(axis.step);
+std::string refuse_axis(const ConvProblem& p, const Axis& axis, int dimension) {
   for (const AxisPhase& phase : axis.phases) {
-    const int64_t side = source(p).size[dimension];
-    const int64_t last = last_corner(windows(axis, phase), side);
-    if (phase.taps > 0 && (phase.begin < kLeastCorner || phase.begin > kMostCorner ||
-                           last < kLeastCorner || last > kMostCorner))
-      return "windows that begin " + std::to_string(-phase.begin) + " before or " +
-             std::to_string(last) + " behind a side of " + std::to_string(side);
-    if ((phase.taps - 1) * int64_t{axis.shift} > kMostShift)
-      return "a window of " + std::to_string((phase.taps - 1) * axis.shift + 1);
+    if (phase.taps == 0) continue;
+    const std::string reason = refuse_windows(windows(axis, phase), source(p).size[dimension],
+                                              (phase.taps - 1) * int64_t{axis.shift});
+    if (!reason.empty()) return reason;
   }
   return "";
 }
 
-// Whether groups share 64 channels.
-bool is_merged(const ConvProblem& p) {
-  const int64_t channels = p.group_in_channels();
-  return p.groups > 1 && channels == p.group_out_channels() && kMapChannels % channels == 0;
-}
-bool packs(const ConvProblem& p) { return is_merged(p) || !is_mappable(p.weight); }
+bool packs(const ConvProblem& p) { return groups_share_boxes(p) || !is_mappable(p.weight); }
 // The weight that is multiplied.
 Tensor4 packed_weight(const ConvProblem& p) {
   if (!packs(p)) return p.weight;
   const auto& size = p.weight.size;
-  return Tensor4::channels_last({size[0], is_merged(p) ? kMapChannels : size[1], size[2], size[3]});
+  return Tensor4::channels_last(
+      {size[0], groups_share_boxes(p) ? kMapChannels : size[1], size[2], size[3]});
 }
 int64_t packed_bytes(const ConvProblem& p) {
   return packs(p) ? packed_weight(p).numel() * element_size(p.dtype) : 0;
@@ -113,7 +91,7 @@ PixelGemm describe(const ConvProblem& p, const PixelShape& shape) {
   const Tensor4& result = p.result();
   PixelGemm g{};
   g.channels = int(result.size[1]);
-  g.merged = is_merged(p);
+  g.merged = groups_share_boxes(p);
   g.sums = g.merged ? kMapChannels : int(source(p).size[1]);
   g.by_channel_tiles = Divisor(ceil_divide(g.channels, shape.channels));
   g.result_step_h = h.result_step;
@@ -232,7 +210,7 @@ class TmaIm2col final : public Algorithm {
     if (device.compute_capability != 90) return "made for compute capability 9.0 (Hopper)";
     if (element_size(p.dtype) != 2) return "only float16 and bfloat16";
     if (p.direction == Direction::kBackwardWeight) return "no backward-weight";
-    if (p.groups != 1 && !is_merged(p))
+    if (p.groups != 1 && !groups_share_boxes(p))
       return "groups of " + std::to_string(p.group_in_channels()) + " and " +
              std::to_string(p.group_out_channels()) + " channels";
     if (p.is_depthwise()) return "depthwise: no sum over channels";
@@ -245,7 +223,7 @@ class TmaIm2col final : public Algorithm {
           p.in_channels(), p.out_channels(), p.weight.numel(), p.padding.h, p.padding.w,
           p.kernel().h * p.dilation.h, p.kernel().w * p.dilation.w, p.stride.h, p.stride.w})
       if (extent >= kMaxExtent) return "a side or padding of 2^30 or more";
-    const int64_t sums = is_merged(p) ? kMapChannels : source(p).size[1];
+    const int64_t sums = groups_share_boxes(p) ? kMapChannels : source(p).size[1];
     const int64_t products = sums * p.kernel().h * p.kernel().w;
     if (products > kMostHalfProducts) return "sums of " + std::to_string(products) + " products";
     if (!is_forward(p)) {
@@ -256,7 +234,7 @@ class TmaIm2col final : public Algorithm {
         return std::to_string(p.stride.h * p.stride.w) + " phases";
     }
     for (const int dimension : {2, 3})
-      if (const std::string reason = refuse_windows(p, make_axis(p, dimension), dimension);
+      if (const std::string reason = refuse_axis(p, make_axis(p, dimension), dimension);
           !reason.empty())
         return reason;
     return "";
@@ -277,9 +255,8 @@ class TmaIm2col final : public Algorithm {
     // The copy engine has whole vectors only.
     for (const void* tensor : {static_cast<const void*>(operands.input), weight,
                                static_cast<const void*>(operands.output)})
-      if (reinterpret_cast<uintptr_t>(tensor) % kVectorBytes != 0)
-        return direct_->run(p, operands, execution);
-    if (is_merged(p))
+      if (is_astray(tensor)) return direct_->run(p, operands, execution);
+    if (groups_share_boxes(p))
       pack_groups(p, operands.weight, execution.workspace, execution.stream);
     else if (packs(p))
       copy(packed_weight(p), execution.workspace, p.dtype, p.weight, operands.weight, p.dtype,

@@ -8,15 +8,13 @@
 #include <optional>
 
 #include "cuda/algorithms.h"
+#include "cuda/pixel_walk.h"
 #include "cuda/weight_parts.h"
 
 namespace convops::cuda {
 namespace {
 
 constexpr int64_t kMostPixels = int64_t{1} << 30;
-constexpr int kBytes = 2;         // of an element
-constexpr int kVectorBytes = 16;  // what the copy engine counts in
-constexpr int64_t kVector = kVectorBytes / kBytes;
 
 struct Plan {
   PixelTile tile;
@@ -39,10 +37,7 @@ CUtensorMap make_map(const ConvProblem& p, const Tensor4& t, const void* data, b
 
 // How many groups share a box.
 int merged(const ConvProblem& p) {
-  const int64_t channels = p.group_in_channels();
-  const bool shares = p.groups > 1 && channels == p.group_out_channels() && channels % 2 == 0 &&
-                      kPixelChannels % channels == 0;
-  return shares ? int(kPixelChannels / channels) : 1;
+  return groups_share_boxes(p) ? int(kPixelChannels / p.group_in_channels()) : 1;
 }
 
 // Of what a block may sum.
@@ -122,35 +117,6 @@ Plan make_plan(const ConvProblem& p, const Device& device, int64_t parts) {
   return *best;
 }
 
-// Why the copy engine cannot walk the tensor's pixels.
-std::string refuse_tensor(const Tensor4& t, const std::string& name) {
-  if (t.stride[1] != 1 && t.size[1] != 1)
-    return name + "'s channel stride " + std::to_string(t.stride[1]);
-  for (const int i : {0, 2, 3})
-    if (t.size[i] > 1 &&
-        (t.stride[i] <= 0 || t.stride[i] >= kMaxMapStride || t.stride[i] % kVector != 0))
-      return name + "'s stride " + std::to_string(t.stride[i]) + " in dimension " +
-             std::to_string(i);
-  return "";
-}
-
-// Strides of sides of 1 mean nothing, and may be what maps do not take.
-Tensor4 with_legal_strides(Tensor4 t) {
-  for (const int i : {3, 2, 0})
-    if (t.size[i] == 1) t.stride[i] = round_up(t.size[1], kVector);
-  return t;
-}
-
-std::string refuse_windows(int64_t count, int64_t side, int64_t step, int64_t padding,
-                           int64_t reach) {
-  if (step > kMostStep) return "a stride of " + std::to_string(step);
-  if (reach > kMostShift) return "a kernel that reaches " + std::to_string(reach) + " pixels";
-  const int64_t last = last_corner(windows(count, step, padding), side);
-  if (-padding < kLeastCorner || last < kLeastCorner || last > kMostCorner)
-    return "windows that begin or end more than 127 pixels beside the input";
-  return "";
-}
-
 class TmaIm2colWeight final : public Algorithm {
  public:
   std::string name() const override { return "tma_im2col_weight"; }
@@ -158,26 +124,26 @@ class TmaIm2colWeight final : public Algorithm {
 
   std::string can_run(const ConvProblem& p, const Device& device) const override {
     if (device.compute_capability != 90) return "made for compute capability 9.0 (Hopper)";
-    if (element_size(p.dtype) != kBytes) return "only float16 and bfloat16";
+    if (element_size(p.dtype) != 2) return "only float16 and bfloat16";
     if (p.direction != Direction::kBackwardWeight) return "only backward-weight";
     if (p.is_depthwise()) return "depthwise: no sum over channels";
     if (p.weight.numel() == 0 || pixels(p) == 0) return "nothing to sum";
     if (pixels(p) > kMostPixels || p.weight.numel() > kMostPixels)
       return "2^30 pixels or weights or more";
     const bool apart = p.groups > 1 && merged(p) == 1;
-    if ((apart ? p.group_in_channels() : p.in_channels()) % kVector != 0)
+    if ((apart ? p.group_in_channels() : p.in_channels()) % kPixelVector != 0)
       return "channels that are no multiple of 8";
-    if ((apart ? p.group_out_channels() : p.out_channels()) % kVector != 0)
+    if ((apart ? p.group_out_channels() : p.out_channels()) % kPixelVector != 0)
       return "out channels that are no multiple of 8";
-    if (const std::string reason = refuse_tensor(p.input, "input"); !reason.empty()) return reason;
-    if (const std::string reason = refuse_tensor(p.output, "grad_output"); !reason.empty())
+    if (const std::string reason = refuse_pixels(p.input, "input"); !reason.empty()) return reason;
+    if (const std::string reason = refuse_pixels(p.output, "grad_output"); !reason.empty())
       return reason;
     for (const bool h : {true, false}) {
       const int side = h ? 2 : 3;
       const int64_t kernel = p.weight.size[side], dilation = h ? p.dilation.h : p.dilation.w;
-      const std::string reason =
-          refuse_windows(p.output.size[side], p.input.size[side], h ? p.stride.h : p.stride.w,
-                         h ? p.padding.h : p.padding.w, kernel > 1 ? (kernel - 1) * dilation : 0);
+      const std::string reason = refuse_windows(
+          windows(p.output.size[side], h ? p.stride.h : p.stride.w, h ? p.padding.h : p.padding.w),
+          p.input.size[side], (kernel - 1) * dilation);
       if (!reason.empty()) return reason;
     }
     return "";
@@ -194,9 +160,6 @@ class TmaIm2colWeight final : public Algorithm {
 
   void run(const ConvProblem& p, const Operands& operands,
            const Execution& execution) const override {
-    const auto is_astray = [](const void* tensor) {
-      return reinterpret_cast<uintptr_t>(tensor) % kVectorBytes != 0;
-    };
     if (is_astray(operands.input) || is_astray(operands.output))
       return make_direct()->run(p, operands, execution);
     const Plan plan = make_plan(p, *execution.device, execution.workspace_bytes / part_bytes(p));
@@ -206,9 +169,9 @@ class TmaIm2colWeight final : public Algorithm {
     const WeightSums results{operands.weight, true, stride[0], stride[2], stride[3], stride[1]};
     const WeightSums parts{execution.workspace,  false,   g.taps * size[1],
                            g.kernel_w * size[1], size[1], 1};
-    const WeightPixelsOperands pixels{
-        make_map(p, with_legal_strides(p.input), operands.input, true),
-        make_map(p, with_legal_strides(p.output), operands.output, false), whole ? results : parts};
+    const WeightPixelsOperands pixels{make_map(p, with_strides(p.input), operands.input, true),
+                                      make_map(p, with_strides(p.output), operands.output, false),
+                                      whole ? results : parts};
     const auto sum = p.dtype == DType::kFloat16 ? sum_pixels_half : sum_pixels_bfloat16;
     sum(g, plan.tile, pixels, execution.stream);
     if (whole) return;

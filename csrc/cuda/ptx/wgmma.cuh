@@ -131,10 +131,7 @@ __device__ __forceinline__ LaidMatrix skip(LaidMatrix matrix, int k) {
 #define CONVOPS_WGMMA_ALL_BOXES(name, type)                                                       \
   CONVOPS_WGMMA_BOXES(name, type, 64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34", "%35", "%36")  \
   CONVOPS_WGMMA_BOXES(name, type, 128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66", "%67", "%68") \
-  CONVOPS_WGMMA_BOXES(name, type, 192, CONVOPS_R11, CONVOPS_D11, "%96", "%97", "%98", "%99",      \
-                      "%100")                                                                     \
-  CONVOPS_WGMMA_BOXES(name, type, 256, CONVOPS_R15, CONVOPS_D15, "%128", "%129", "%130", "%131",  \
-                      "%132")
+  CONVOPS_WGMMA_BOXES(name, type, 192, CONVOPS_R11, CONVOPS_D11, "%96", "%97", "%98", "%99", "%100")
 CONVOPS_WGMMA_ALL_BOXES(wgmma_boxes, "f16")
 CONVOPS_WGMMA_ALL_BOXES(wgmma_boxes_bf16, "bf16")
 
