@@ -43,7 +43,8 @@ OTHERS += ["depthwise_channels_last_patches", "depthwise_channels_last_weight"]
 OTHERS += ["depthwise_channels_last_weight_registers", "grouped", "grouped_weight"]
 OTHERS += ["weight_parts", "implicit_gemm_weight_sm90"]
 OTHERS += ["implicit_gemm_weight_float16_sm90", "implicit_gemm_weight_bfloat16_sm90"]
-OTHERS += ["tma_im2col_sm90", "tma_im2col_weight_sm90", "copy", "direct"]
+OTHERS += ["tma_im2col_sm90", "tma_im2col_float_sm90", "tma_im2col_weight_sm90"]
+OTHERS += ["copy", "direct"]
 OTHERS_NAMES = ("implicit_gemm_weight", "tma_im2col", "tma_im2col_weight")
 OTHERS_HOST = [CSRC / f"cuda/{name}.cpp" for name in OTHERS_NAMES]
 

@@ -25,8 +25,8 @@ namespace convops::cuda::grouped {
 
 // The weights of one tap as a lane's part of an 8×8 matrix: rows c and c + 4, column lane / 4.
 template <int kProducts>
-struct alignas(8 * Parts<kProducts>::kCount) WeightFragment {
-  uint32_t part[Parts<kProducts>::kCount][2];
+struct alignas(8 * Tf32Parts<kProducts>::kCount) WeightFragment {
+  uint32_t part[Tf32Parts<kProducts>::kCount][2];
 };
 
 __device__ __forceinline__ int64_t weight_offset(const Grouped& g, int group, int source,
@@ -67,7 +67,7 @@ __device__ __forceinline__ void pack_weights(const Grouped& g, const Place& plac
         if (exists[half])
           value =
               from[half][tap / Taps::kSize * g.weight_row + tap % Taps::kSize * g.weight_column];
-        const auto parts = Parts<kProducts>::of(value);
+        const auto parts = Tf32Parts<kProducts>::of(value);
 #pragma unroll
         for (int part = 0; part < parts.kCount; ++part)
           fragments[tap * kWarp + lane].part[part][half] = parts.part[part];

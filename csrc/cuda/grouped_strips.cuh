@@ -161,7 +161,7 @@ template <typename Taps, int kProducts>
 struct Columns {
   static constexpr int kApart = kMmas * Taps::kSources;  // from cell m to m + 2
   static constexpr int kFirsts = Taps::kColumns - kApart;
-  uint32_t part[kFirsts][Parts<kProducts>::kCount][4];
+  uint32_t part[kFirsts][Tf32Parts<kProducts>::kCount][4];
 
   __device__ __forceinline__ Columns(const char* stage, const Seat<Taps>& seat) {
     float column[2][Taps::kColumns];
@@ -182,7 +182,7 @@ struct Columns {
     for (int i = 0; i < Taps::kColumns; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const auto parts = Parts<kProducts>::of(column[half][i]);
+        const auto parts = Tf32Parts<kProducts>::of(column[half][i]);
         const auto again = parts.again();
 #pragma unroll
         for (int k = 0; k < parts.kCount; ++k) {

@@ -1,6 +1,7 @@
-// tma_im2col: forward and backward-input of float16 and bfloat16 convolutions in channels_last on
-// Hopper's tensor cores: an implicit GEMM whose columns the copy engine makes (TMA's im2col mode).
-// Its kernel is in tma_im2col_sm90.cu; docs/tma_im2col.md tells how fast it is.
+// tma_im2col: forward and backward-input of convolutions in channels_last on Hopper's tensor cores:
+// an implicit GEMM whose columns the copy engine makes (TMA's im2col mode). Its kernels are in
+// tma_im2col_sm90.cu and, for float32, tma_im2col_float_sm90.cu; docs/tma_im2col.md tells how fast
+// they are.
 #include "cuda/tma_im2col.h"
 
 #include <algorithm>
@@ -55,9 +56,12 @@ Axis make_axis(const ConvProblem& p, int dimension) {
   return axis;
 }
 
+bool is_float(const ConvProblem& p) { return p.dtype == DType::kFloat32; }
+int element_bytes(const ConvProblem& p) { return int(element_size(p.dtype)); }
+
 // Whether the copy engine can have a tensor's pixels, and vectors be stored to them.
-bool is_mappable(const Tensor4& tensor) {
-  return refuse_pixels(tensor, "").empty() && tensor.size[1] % kPixelVector == 0;
+bool is_mappable(const ConvProblem& p, const Tensor4& tensor) {
+  return refuse_pixels(tensor, p.dtype, "").empty() && tensor.size[1] % pixel_vector(p.dtype) == 0;
 }
 
 Windows windows(const Axis& axis, const AxisPhase& phase) {
@@ -74,16 +78,24 @@ std::string refuse_axis(const ConvProblem& p, const Axis& axis, int dimension) {
   return "";
 }
 
-bool packs(const ConvProblem& p) { return groups_share_boxes(p) || !is_mappable(p.weight); }
-// The weight that is multiplied.
+bool packs(const ConvProblem& p) {
+  return is_float(p) || groups_share_boxes(p) || !is_mappable(p, p.weight);
+}
+int64_t sums(const ConvProblem& p) {
+  return groups_share_boxes(p) ? kMergedChannels : source(p).size[1];
+}
+// The weight that is multiplied, in a stage's rows (first dimension) and what is summed (second).
 Tensor4 packed_weight(const ConvProblem& p) {
-  if (!packs(p)) return p.weight;
   const auto& size = p.weight.size;
+  if (is_float(p))
+    return Tensor4::channels_last({p.result().size[1] * float_parts(p),
+                                   round_up(sums(p), kPackedFloatSums), size[2], size[3]});
+  if (!packs(p)) return p.weight;
   return Tensor4::channels_last(
-      {size[0], groups_share_boxes(p) ? kMapChannels : size[1], size[2], size[3]});
+      {size[0], groups_share_boxes(p) ? kMergedChannels : size[1], size[2], size[3]});
 }
 int64_t packed_bytes(const ConvProblem& p) {
-  return packs(p) ? packed_weight(p).numel() * element_size(p.dtype) : 0;
+  return packs(p) ? packed_weight(p).numel() * element_bytes(p) : 0;
 }
 
 PixelGemm describe(const ConvProblem& p, const PixelShape& shape) {
@@ -92,7 +104,7 @@ PixelGemm describe(const ConvProblem& p, const PixelShape& shape) {
   PixelGemm g{};
   g.channels = int(result.size[1]);
   g.merged = groups_share_boxes(p);
-  g.sums = g.merged ? kMapChannels : int(source(p).size[1]);
+  g.sums = int(sums(p));
   g.by_channel_tiles = Divisor(ceil_divide(g.channels, shape.channels));
   g.result_step_h = h.result_step;
   g.result_step_w = w.result_step;
@@ -140,50 +152,84 @@ PixelOperands make_operands(const ConvProblem& p, const PixelGemm& g, const Pixe
                        is_forward(p) ? operands.output : operands.input,
                        {},
                        {}};
-  const Tensor4 from = with_strides(source(p)), weight = with_strides(packed_weight(p));
-  pixels.weight_map = make_map(
-      packed, {weight.size[1], weight.size[3], weight.size[2], weight.size[0]},
-      {weight.stride[3], weight.stride[2], weight.stride[0]},
-      {kMapChannels, 1, 1, is_forward(p) ? shape.channels : kMapChannels}, 2, kMapChannels * 2);
+  const Tensor4 from = with_strides(source(p), p.dtype);
+  const Tensor4 weight = with_strides(packed_weight(p), p.dtype);
+  const int bytes = element_bytes(p), box = map_channels(bytes);
+  const bool turned = !is_forward(p) && !is_float(p);  // rows of a box are what is summed
+  pixels.weight_map =
+      make_map(packed, {weight.size[1], weight.size[3], weight.size[2], weight.size[0]},
+               {weight.stride[3], weight.stride[2], weight.stride[0]},
+               {box, 1, 1, turned ? box : shape.channels}, bytes, kMapRowBytes);
   for (int i = 0; i < g.phase_count; ++i) {
     const PixelPhase& phase = g.phases[i];
     if (phase.taps_h * phase.taps_w == 0) continue;
     const int columns = int(phase.by_columns.value), rows = int(phase.by_pixels.value) / columns;
-    pixels.source_maps[i] = make_im2col_map(pixels.source, from, {phase.begin_h, rows, g.step_h},
-                                            {phase.begin_w, columns, g.step_w}, shape.pixels());
+    pixels.source_maps[i] =
+        make_im2col_map(pixels.source, from, {phase.begin_h, rows, g.step_h},
+                        {phase.begin_w, columns, g.step_w}, shape.pixels(), bytes);
   }
   return pixels;
 }
 
+void pack(const ConvProblem& p, const PixelGemm& g, const void* weight,
+          const Execution& execution) {
+  if (is_float(p))
+    pack_floats(p, g, weight, execution.workspace, execution.stream);
+  else if (groups_share_boxes(p))
+    pack_groups(p, weight, execution.workspace, execution.stream);
+  else if (packs(p))
+    copy(packed_weight(p), execution.workspace, p.dtype, p.weight, weight, p.dtype,
+         execution.stream);
+}
+
 struct Plan {
-  int shape;  // of kPixelShapes
+  int shape;  // of the speed's
   PixelGemm gemm;
   double seconds;
 };
 
-// Fitted to an H200 (docs/tma_im2col.md): 9% root mean square near each problem's fastest shape.
+// How fast a kernel is, fitted to an H200 (docs/tma_im2col.md).
+struct Speed {
+  std::span<const PixelShape> shapes;
+  int unit_sums;                          // channels of a tap that are multiplied at a time
+  std::span<const double> unit_seconds;   // for each shape
+  double partial_sums, partial_channels;  // so many times as long where boxes reach past them
+  double store_seconds[2];                // a tile, by a team of one and of two
+};
+
+Speed speed(const ConvProblem& p) {
+  static constexpr double kHalf[] = {0.261e-6, 0.357e-6, 0.342e-6, 0.473e-6};
+  static constexpr double kTf32[] = {0.085e-6, 0.16e-6, 0.16e-6, 0.23e-6};
+  static constexpr double kIeee[] = {0.24e-6, 0.46e-6, 0.46e-6, 0.69e-6};
+  static_assert(std::size(kHalf) == std::size(kPixelShapes));
+  static_assert(std::size(kTf32) == std::size(kFloatPixelShapes));
+  static_assert(std::size(kIeee) == std::size(kFloatPixelShapes));
+  if (!is_float(p)) return {kPixelShapes, map_channels(2), kHalf, 1.42, 1.42, {0.8e-6, 1.24e-6}};
+  return {kFloatPixelShapes,
+          kPackedFloatSums,
+          float_parts(p) == 1 ? std::span(kTf32) : std::span(kIeee),
+          1,
+          1,
+          {1.2e-6, 2e-6}};
+}
+
 double estimate(const ConvProblem& p, const PixelGemm& g, int shape, const Device& device) {
-  // Of 64 channels of a tap, for each of kPixelShapes; so many times as long where boxes reach past
-  // the channels of the source, or of the result.
-  constexpr double kStepSeconds[] = {0.261e-6, 0.357e-6, 0.342e-6, 0.473e-6};
-  static_assert(std::size(kStepSeconds) == std::size(kPixelShapes));
-  constexpr double kPartialBox = 1.42;
-  constexpr double kStoreSeconds[] = {0.8e-6, 1.24e-6};  // a tile, by a team of one and of two
   // Of the shorter of computing and memory this is not hidden, which the bandwidth allows for.
   constexpr double kOverlap = 0.62, kBandwidthFraction = 1.2;
   constexpr double kLaunchSeconds = 4.2e-6;
-  double steps = 0;
+  const Speed fast = speed(p);
+  double units = 0;
   for (int i = 0; i < g.phase_count; ++i) {
     const PixelPhase& phase = g.phases[i];
     const int end = i + 1 < g.phase_count ? g.phases[i + 1].first_tile : g.tiles;
-    steps += double(end - phase.first_tile) * phase.taps_h * phase.taps_w *
-             double(ceil_divide(g.sums, kMapChannels));
+    units += double(end - phase.first_tile) * phase.taps_h * phase.taps_w *
+             double(ceil_divide(g.sums, fast.unit_sums));
   }
-  const auto& [warpgroups, channels, teams] = kPixelShapes[shape];
-  double multiply = steps / g.tiles * kStepSeconds[shape];
-  if (g.sums % kMapChannels != 0) multiply *= kPartialBox;
-  if (g.channels % channels != 0) multiply *= kPartialBox;
-  const double store = kStoreSeconds[teams - 1];
+  const auto& [warpgroups, channels, teams] = fast.shapes[shape];
+  double multiply = units / g.tiles * fast.unit_seconds[shape];
+  if (g.sums % map_channels(element_bytes(p)) != 0) multiply *= fast.partial_sums;
+  if (g.channels % channels != 0) multiply *= fast.partial_channels;
+  const double store = fast.store_seconds[teams - 1];
   const double tile = teams == 1 ? multiply + store : std::max(multiply, (multiply + store) / 2);
   const double compute = double(ceil_divide(g.tiles, device.processors)) * tile + store;
   const double memory = p.bytes() / (device.bandwidth * kBandwidthFraction);
@@ -191,12 +237,14 @@ double estimate(const ConvProblem& p, const PixelGemm& g, int shape, const Devic
 }
 
 Plan make_plan(const ConvProblem& p, const Device& device) {
-  Plan best{};
-  for (int i = 0; i < int(std::size(kPixelShapes)); ++i) {
-    const PixelGemm gemm = describe(p, kPixelShapes[i]);
-    if (gemm.merged && kPixelShapes[i].channels != kMapChannels) continue;
+  Plan best{-1, {}, 0};
+  const auto shapes = speed(p).shapes;
+  for (int i = 0; i < int(shapes.size()); ++i) {
+    if (is_float(p) && !float_shape_serves(shapes[i], float_parts(p))) continue;
+    if (groups_share_boxes(p) && shapes[i].channels != kMergedChannels) continue;
+    const PixelGemm gemm = describe(p, shapes[i]);
     const double seconds = estimate(p, gemm, i, device);
-    if (i == 0 || seconds < best.seconds) best = {i, gemm, seconds};
+    if (best.shape < 0 || seconds < best.seconds) best = {i, gemm, seconds};
   }
   return best;
 }
@@ -208,7 +256,7 @@ class TmaIm2col final : public Algorithm {
 
   std::string can_run(const ConvProblem& p, const Device& device) const override {
     if (device.compute_capability != 90) return "made for compute capability 9.0 (Hopper)";
-    if (element_size(p.dtype) != 2) return "only float16 and bfloat16";
+    if (p.dtype == DType::kFloat64) return "no float64";
     if (p.direction == Direction::kBackwardWeight) return "no backward-weight";
     if (p.groups != 1 && !groups_share_boxes(p))
       return "groups of " + std::to_string(p.group_in_channels()) + " and " +
@@ -216,15 +264,15 @@ class TmaIm2col final : public Algorithm {
     if (p.is_depthwise()) return "depthwise: no sum over channels";
     if (p.batch() == 0 || p.weight.numel() == 0) return "nothing to sum";
     for (const auto& [tensor, name] : {std::pair{p.input, "input"}, std::pair{p.output, "output"}})
-      if (!is_mappable(tensor))
-        return std::string(name) + " not in channels_last, or not by 8 channels";
+      if (!is_mappable(p, tensor))
+        return std::string(name) + " not in channels_last, or not by " +
+               std::to_string(pixel_vector(p.dtype)) + " channels";
     for (const int64_t extent :
          {p.batch() * p.input.size[2] * p.input.size[3], p.batch() * p.output_pixels(),
           p.in_channels(), p.out_channels(), p.weight.numel(), p.padding.h, p.padding.w,
           p.kernel().h * p.dilation.h, p.kernel().w * p.dilation.w, p.stride.h, p.stride.w})
       if (extent >= kMaxExtent) return "a side or padding of 2^30 or more";
-    const int64_t sums = groups_share_boxes(p) ? kMapChannels : source(p).size[1];
-    const int64_t products = sums * p.kernel().h * p.kernel().w;
+    const int64_t products = sums(p) * p.kernel().h * p.kernel().w;
     if (products > kMostHalfProducts) return "sums of " + std::to_string(products) + " products";
     if (!is_forward(p)) {
       if ((p.stride.h > 1 && p.kernel().h > 1 && p.dilation.h > 1) ||
@@ -256,15 +304,11 @@ class TmaIm2col final : public Algorithm {
     for (const void* tensor : {static_cast<const void*>(operands.input), weight,
                                static_cast<const void*>(operands.output)})
       if (is_astray(tensor)) return direct_->run(p, operands, execution);
-    if (groups_share_boxes(p))
-      pack_groups(p, operands.weight, execution.workspace, execution.stream);
-    else if (packs(p))
-      copy(packed_weight(p), execution.workspace, p.dtype, p.weight, operands.weight, p.dtype,
-           execution.stream);
     const Plan plan = make_plan(p, *execution.device);
-    multiply_pixels(p, plan.gemm, plan.shape,
-                    make_operands(p, plan.gemm, kPixelShapes[plan.shape], operands, weight),
-                    execution);
+    pack(p, plan.gemm, operands.weight, execution);
+    (is_float(p) ? multiply_float_pixels : multiply_pixels)(
+        p, plan.gemm, plan.shape,
+        make_operands(p, plan.gemm, speed(p).shapes[plan.shape], operands, weight), execution);
   }
 
  private:

@@ -28,6 +28,16 @@ struct PixelShape {
 };
 inline constexpr PixelShape kPixelShapes[] = {{2, 64, 2}, {3, 64, 2}, {2, 128, 2}, {3, 128, 1}};
 
+// Of float32: parts of a number that are multiplied.
+inline int float_parts(const ConvProblem& p) { return p.precision == Precision::kTf32 ? 1 : 2; }
+inline constexpr PixelShape kFloatPixelShapes[] = {{2, 64, 2}, {2, 128, 1}, {2, 128, 2}, {3, 128, 1}};
+// Whether the consumers' sums have registers: of two parts there are promoted ones, too.
+constexpr bool float_shape_serves(const PixelShape& shape, int parts) {
+  return parts == 1 || shape.warpgroups * shape.channels * shape.teams <= 256;
+}
+// A packed weight's sums are in multiples of this.
+inline constexpr int kPackedFloatSums = 16;
+
 struct PixelPhase {
   Divisor by_columns, by_pixels;  // of a row's results, and an image's
   int pixels;                     // of all images
@@ -63,8 +73,15 @@ struct PixelOperands {
 // Packs a weight of groups that share 64 channels, [out channel][tap][64], zeros for other groups'.
 void pack_groups(const ConvProblem& problem, const void* weight, void* packed, void* stream);
 
-// Launches the kernel of kPixelShapes[shape].
+// The same of float32, dense or of groups: TF32 parts, one after the other, each [channel of the
+// result][tap][sums], sums rounded up and in the order in which the kernel multiplies them.
+void pack_floats(const ConvProblem& problem, const PixelGemm& gemm, const void* weight,
+                 void* packed, void* stream);
+
+// Launches the kernel of kPixelShapes[shape], or kFloatPixelShapes[shape].
 void multiply_pixels(const ConvProblem& problem, const PixelGemm& gemm, int shape,
                      const PixelOperands& operands, const Execution& execution);
+void multiply_float_pixels(const ConvProblem& problem, const PixelGemm& gemm, int shape,
+                           const PixelOperands& operands, const Execution& execution);
 
 }  // namespace convops::cuda

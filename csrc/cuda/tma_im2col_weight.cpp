@@ -32,7 +32,8 @@ Windows windows(int64_t count, int64_t step, int64_t padding) {
 CUtensorMap make_map(const ConvProblem& p, const Tensor4& t, const void* data, bool input) {
   const Pair step = input ? p.stride : Pair{1, 1}, padding = input ? p.padding : Pair{0, 0};
   return make_im2col_map(data, t, windows(p.output.size[2], step.h, padding.h),
-                         windows(p.output.size[3], step.w, padding.w), kPixelStage);
+                         windows(p.output.size[3], step.w, padding.w), kPixelStage,
+                         int(element_size(p.dtype)));
 }
 
 // How many groups share a box.
@@ -131,12 +132,13 @@ class TmaIm2colWeight final : public Algorithm {
     if (pixels(p) > kMostPixels || p.weight.numel() > kMostPixels)
       return "2^30 pixels or weights or more";
     const bool apart = p.groups > 1 && merged(p) == 1;
-    if ((apart ? p.group_in_channels() : p.in_channels()) % kPixelVector != 0)
+    if ((apart ? p.group_in_channels() : p.in_channels()) % pixel_vector(p.dtype) != 0)
       return "channels that are no multiple of 8";
-    if ((apart ? p.group_out_channels() : p.out_channels()) % kPixelVector != 0)
+    if ((apart ? p.group_out_channels() : p.out_channels()) % pixel_vector(p.dtype) != 0)
       return "out channels that are no multiple of 8";
-    if (const std::string reason = refuse_pixels(p.input, "input"); !reason.empty()) return reason;
-    if (const std::string reason = refuse_pixels(p.output, "grad_output"); !reason.empty())
+    if (const std::string reason = refuse_pixels(p.input, p.dtype, "input"); !reason.empty())
+      return reason;
+    if (const std::string reason = refuse_pixels(p.output, p.dtype, "grad_output"); !reason.empty())
       return reason;
     for (const bool h : {true, false}) {
       const int side = h ? 2 : 3;
@@ -169,9 +171,10 @@ class TmaIm2colWeight final : public Algorithm {
     const WeightSums results{operands.weight, true, stride[0], stride[2], stride[3], stride[1]};
     const WeightSums parts{execution.workspace,  false,   g.taps * size[1],
                            g.kernel_w * size[1], size[1], 1};
-    const WeightPixelsOperands pixels{make_map(p, with_strides(p.input), operands.input, true),
-                                      make_map(p, with_strides(p.output), operands.output, false),
-                                      whole ? results : parts};
+    const WeightPixelsOperands pixels{
+        make_map(p, with_strides(p.input, p.dtype), operands.input, true),
+        make_map(p, with_strides(p.output, p.dtype), operands.output, false),
+        whole ? results : parts};
     const auto sum = p.dtype == DType::kFloat16 ? sum_pixels_half : sum_pixels_bfloat16;
     sum(g, plan.tile, pixels, execution.stream);
     if (whole) return;

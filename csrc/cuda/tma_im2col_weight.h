@@ -11,7 +11,7 @@
 namespace convops::cuda {
 
 // Out channels of a warpgroup, and channels of a slot: what a swizzled box is wide.
-inline constexpr int kPixelChannels = kMapChannels;
+inline constexpr int kPixelChannels = map_channels(2);  // of 16 bits
 // The tensor cores' sums cut off what float32 has no bits for: of so many pixels they still are far
 // better than the result's rounding. More are several blocks'.
 inline constexpr int kMostSummedPixels = 1 << 14;

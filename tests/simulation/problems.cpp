@@ -84,7 +84,8 @@ Channels random_channels(Random& random, const std::string& algorithm) {
   // Octets short of and beyond a stage's 64, and a block's 64 or 128.
   if (algorithm == "tma_im2col") {
     const auto channels = [&] { return one_of<int>(random, {8, 16, 40, 64, 72, 128, 136, 264}); };
-    return {1, channels(), channels()};
+    const int half = random.one_in(3) ? 2 : 1;  // float32 has quartets
+    return {1, channels() / half, channels() / half};
   }
   // Channels short of and beyond a block's 32 or 64.
   if (algorithm == "depthwise_channels_last")
@@ -172,7 +173,8 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
   if (algorithm.ends_with("weight")) p.direction = Direction::kBackwardWeight;
   if (algorithm.starts_with("grouped") || algorithm == "depthwise_planes")
     p.dtype = DType::kFloat32;
-  if (tma) p.dtype = random.one_in(2) ? DType::kFloat16 : DType::kBFloat16;
+  if (algorithm == "tma_im2col_weight")
+    p.dtype = random.one_in(2) ? DType::kFloat16 : DType::kBFloat16;
   if (algorithm == "depthwise_strips" && random.one_in(4)) p.dtype = DType::kFloat64;
   if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips" ||
       algorithm == "depthwise_planes" || pixels)

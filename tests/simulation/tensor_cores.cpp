@@ -11,13 +11,14 @@ namespace simulation {
 namespace {
 
 constexpr int kThreads = 128, kRows = 64, kOctet = 8, kDepth = 2 * kOctet;
+constexpr int kTf32Depth = 8;
 constexpr int kMostColumns = 256;
 
 struct Warpgroup {
   Meeting meeting;
   float* d[kThreads];
   uint32_t operands[2];         // descriptors, or their words
-  uint32_t pairs[kThreads][4];  // of A in registers
+  uint32_t pairs[kThreads][4];  // of A in registers, or floats
 };
 Warpgroup warpgroups[8];
 float left[kDepth][kMostColumns], right[kDepth][kMostColumns];
@@ -113,9 +114,37 @@ void read_pairs(const Warpgroup& group, bool bfloat16) {
     }
 }
 
+// TF32 does not have a float's last bits.
+float tf32(uint32_t bits) { return std::bit_cast<float>(bits & ~0x1fffu); }
+
+// Of a lane two k's, four apart, of two rows.
+void read_floats(const Warpgroup& group) {
+  for (int thread = 0; thread < kThreads; ++thread)
+    for (int i = 0; i < 4; ++i) {
+      const int lane = thread % kWarp, row = thread / kWarp * 16 + lane / 4 + i % 2 * 8;
+      left[lane % 4 + i / 2 * 4][row] = tf32(group.pairs[thread][i]);
+    }
+}
+// Rows of 32 floats, swizzled.
+void read_float_boxes(uint32_t descriptor, uint32_t layout, int rows) {
+  constexpr int kRowBytes = 128;
+  const uint32_t begin = (descriptor & 0x3fff) * 16;
+  if (layout >> 30 != 1 || (layout & 0x3fff) * 16 != 8 * kRowBytes) fail("no swizzled rows");
+  if (begin + (rows - 1) * kRowBytes + kTf32Depth * 4 > uint32_t(shared_bytes))
+    fail("an operand ends behind the memory");
+  for (int k = 0; k < kTf32Depth; ++k)
+    for (int row = 0; row < rows; ++row) {
+      uint32_t bits;
+      std::memcpy(&bits, shared_memory + swizzle_place(begin + row * kRowBytes + k * 4, kRowBytes),
+                  4);
+      right[k][row] = tf32(bits);
+    }
+}
+
 // What all threads do together when the last one comes; `read` fills both operands.
 template <typename Read>
-void multiply_together(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, Read read) {
+void multiply_together(float* d, int columns, uint32_t a, uint32_t b, bool accumulate, Read read,
+                       int depth = kDepth) {
   Warpgroup& group = warpgroups[thread_index() / kThreads];
   if (group.meeting.arrived == 0) {
     group.operands[0] = a;
@@ -128,7 +157,7 @@ void multiply_together(float* d, int columns, uint32_t a, uint32_t b, bool accum
     read(group);
     for (int row = 0; row < kRows; ++row) {
       float sums[kMostColumns] = {};
-      for (int k = 0; k < kDepth; ++k)
+      for (int k = 0; k < depth; ++k)
         for (int i = 0; i < columns; ++i) sums[i] += left[k][row] * right[k][i];
       // Four lanes have the pairs of a row by turns; of 16 rows a lane has two.
       for (int i = 0; i < columns; ++i) {
@@ -166,6 +195,18 @@ void multiply_cells(float* d, int columns, const uint32_t (&a)[4], uint32_t low,
     read_pairs(group, bfloat16);
     read_cells(low, high, columns, bfloat16);
   });
+}
+
+void multiply_tf32(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,
+                   bool accumulate) {
+  std::memcpy(warpgroups[thread_index() / kThreads].pairs[thread_index() % kThreads], a, sizeof a);
+  multiply_together(
+      d, columns, low, high, accumulate,
+      [&](const Warpgroup& group) {
+        read_floats(group);
+        read_float_boxes(low, high, columns);
+      },
+      kTf32Depth);
 }
 
 }  // namespace simulation

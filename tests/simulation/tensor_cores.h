@@ -24,4 +24,8 @@ void multiply_boxes(float* d, int columns, const Boxes& a, const Boxes& b, bool 
 void multiply_cells(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,
                     bool accumulate, bool bfloat16);
 
+// The same of TF32 (64 × 8 and 8 × columns): the thread's numbers of A, B in a swizzled box.
+void multiply_tf32(float* d, int columns, const uint32_t (&a)[4], uint32_t low, uint32_t high,
+                   bool accumulate);
+
 }  // namespace simulation

@@ -1,6 +1,6 @@
 // Hopper's warpgroup matrix multiplication, one instruction a function: D (64×N, float32 in
-// registers) = A (64×16) · B (16×N) + D, fp16 or bfloat16, B in shared memory and A there or in
-// registers.
+// registers) = A (64×16) · B (16×N) + D, fp16 or bfloat16 (TF32 of half as many k's), B in shared
+// memory and A there or in registers.
 #pragma once
 
 #include <cstdint>
@@ -134,6 +134,23 @@ __device__ __forceinline__ LaidMatrix skip(LaidMatrix matrix, int k) {
   CONVOPS_WGMMA_BOXES(name, type, 192, CONVOPS_R11, CONVOPS_D11, "%96", "%97", "%98", "%99", "%100")
 CONVOPS_WGMMA_ALL_BOXES(wgmma_boxes, "f16")
 CONVOPS_WGMMA_ALL_BOXES(wgmma_boxes_bf16, "bf16")
+
+// TF32, eight k's: A in registers, a lane's k `lane % 4` in rows `lane / 4` and 8 more, then k's 4
+// further; B in boxes whose rows are 32 floats (the next eight k's are 32 bytes further). The low
+// 13 bits of both are cut off.
+#define CONVOPS_WGMMA_TF32(n, registers, outputs, a0, a1, a2, a3, b_number, accumulate_number)   \
+  __device__ __forceinline__ void wgmma_tf32(float (&d)[n / 2], const uint32_t (&a)[4],          \
+                                             LaidMatrix b, int accumulate) {                     \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate_number                           \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k8.f32.tf32.tf32 {" registers "}, {" a0 \
+                 ", " a1 ", " a2 ", " a3 "}, " b_number ", p, 1, 1;\n}\n"                        \
+                 : outputs                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()),              \
+                   "r"(accumulate));                                                             \
+  }
+CONVOPS_WGMMA_TF32(64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34", "%35", "%36", "%37")
+CONVOPS_WGMMA_TF32(128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66", "%67", "%68", "%69")
 
 // An operand B in shared memory as it lies in cells, without swizzle: rows of 8 halves (16 bytes)
 // are eight columns of B at one k, those of the next k follow, the next eight columns lie `plane`

@@ -55,6 +55,11 @@ void wgmma_boxes_bf16(float (&d)[kRegisters], LaidMatrix a, LaidMatrix b, int ac
                              {b.low, b.high, kTurnedB}, accumulate != 0, true);
 }
 
+template <int kRegisters>
+void wgmma_tf32(float (&d)[kRegisters], const uint32_t (&a)[4], LaidMatrix b, int accumulate) {
+  simulation::multiply_tf32(d, 2 * kRegisters, a, b.low, b.high, accumulate != 0);
+}
+
 // The words of a descriptor, as there.
 struct Cells {
   uint32_t low, high;
