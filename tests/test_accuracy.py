@@ -11,6 +11,7 @@ roundings to subnormal sums add. `python tests/test_accuracy.py` prints where FM
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -219,12 +220,23 @@ def convolve(problem: Problem, direction: str, x: Tensor, w: Tensor) -> Tensor:
     return reference.backward_input(problem, x, w)
 
 
+# On the CPU the layout changes no arithmetic.
+LAYOUTS = {
+    "cpu": (torch.contiguous_format,),
+    "cuda": (torch.contiguous_format, torch.channels_last),
+}
+
+
 def calls(
     problem: Problem, direction: str, x: Tensor, w: Tensor, precision: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """`results`, on the CPU."""
-    for algorithm, result in results(problem, direction, x, w, None, x, precision=precision):
-        yield algorithm, result.cpu()
+    """`results` in every layout, on the CPU."""
+    for layout in LAYOUTS[x.device.type]:
+        moved = [t.contiguous(memory_format=layout) for t in (x, w)]
+        for algorithm, result in results(
+            problem, direction, *moved, None, moved[0], precision=precision
+        ):
+            yield f"{algorithm}, {layout}", result.cpu()
 
 
 class Case(NamedTuple):
@@ -358,12 +370,13 @@ def test_weight_gradient_of_every_kind_of_data(problem: Problem, data: str, devi
     terms = problem.n * math.prod(problem.output_size[2:])
     case = Case(x, dy, expected, magnitude, terms)
     w = torch.empty(problem.weight_size, device=device)
-    tensors = (x.to(device), w, None, dy.to(device))
-    for precision in PRECISIONS[device]:
+    for precision, layout in itertools.product(PRECISIONS[device], LAYOUTS[device]):
         roundoff = IEEE_ROUNDOFF if precision == "ieee" else reference.TF32_ROUNDOFF
         bound = 2 * FMA_LOOP * math.sqrt(terms) * roundoff * magnitude + roundings(case)
+        moved = [t.to(device).contiguous(memory_format=layout) for t in (x, w, dy)]
+        tensors = (moved[0], moved[1], None, moved[2])
         for algorithm, result in results(problem, "backward_weight", *tensors, precision=precision):
-            check(result.cpu(), case, bound, algorithm)
+            check(result.cpu(), case, bound, f"{algorithm}, {layout}")
 
 
 @lru_cache(maxsize=4)

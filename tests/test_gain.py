@@ -26,6 +26,7 @@ MOST = reference.SUM_ROUNDOFF[torch.float32]
         Problem("pointwise", 2, 256, 28, 28, 64, (1, 1)),
         Problem("deep_pointwise", 2, 1024, 28, 28, 256, (1, 1)),
         Problem("strided", 2, 128, 28, 28, 128, (3, 3), (2, 2), (1, 1)),
+        Problem("few_channels", 2, 8, 28, 28, 64, (1, 1)),
         Problem("stem", 2, 3, 96, 96, 64, (7, 7), (2, 2), (3, 3)),
         Problem("grouped", 2, 128, 28, 28, 128, (3, 3), padding=(1, 1), groups=32),
         Problem("sixteen_a_group", 2, 224, 28, 28, 224, (3, 3), padding=(1, 1), groups=14),

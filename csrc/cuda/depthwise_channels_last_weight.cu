@@ -377,7 +377,7 @@ void add_chunks(const ConvProblem& p, int64_t chunks, const Operands& operands,
                 const Execution& execution) {
   with_type(p.dtype, [&](auto tag) {
     using T = decltype(tag);
-    launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kWarp), kMaxWarps * kWarp,
+    launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kWarp), kMaxWarps * kWarp, 0,
                  execution, p.weight, static_cast<const float*>(execution.workspace),
                  unsigned(chunks), static_cast<T*>(operands.weight));
   });

@@ -41,8 +41,9 @@ constexpr int64_t kAlignment = 256;
 // results take than what is read, and what a launch costs.
 constexpr double kGemmFraction = 0.54;
 constexpr double kTf32Speedup = 5.0, kHalfSpeedup = 16.7, kDoubleSpeedup = 0.7;
+constexpr double kMergedTf32Speedup = 8.5;  // of 1×1 in channels_last, one product
 constexpr double kTileRows = 64;
-constexpr double kBandwidthShare = 0.9, kWrites = 0.45;
+constexpr double kBandwidthShare = 0.9, kWrites = 0.45, kHalfWrites = 0.15;
 // Of that, where backward-weight reads both operands once.
 constexpr double kWeightShare = 0.75;
 // In TF32 a tile has so many pixels of an image, and the rest is wasted.
@@ -465,17 +466,19 @@ class Im2colGemm final : public Algorithm {
 
   double cost(const ConvProblem& p, const Device& device) const override {
     double rate = device.fp32_flops * kGemmFraction;
+    const bool merged =
+        skips_im2col(p) && p.input.is_channels_last() && p.output.is_channels_last();
     if (p.dtype == DType::kFloat64)
       rate *= kDoubleSpeedup;
     else if (p.dtype != DType::kFloat32)
       rate *= kHalfSpeedup;
     else if (p.precision == Precision::kTf32)
-      rate *= kTf32Speedup;
+      rate *= merged ? kMergedTf32Speedup : kTf32Speedup;
     const double rows = double(p.group_out_channels());
     double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
     const bool packs = packs_pixels(p);
     if (p.dtype == DType::kFloat32 && p.precision == Precision::kTf32) {
-      const double images = packs ? double(p.batch()) : 1;
+      const double images = packs || merged ? double(p.batch()) : 1;
       const double pixels = images * double(std::max<int64_t>(1, p.output_pixels()));
       tiles *= std::ceil(pixels / kTilePixels) * kTilePixels / pixels;
     }
@@ -505,8 +508,9 @@ class Im2colGemm final : public Algorithm {
     const double output = double(p.output.numel()) * double(element_size(p.dtype));
     const double packed = packs ? kPackingPasses * output : 0;
     const double share = p.direction == Direction::kBackwardWeight ? kWeightShare : 1;
+    const double writes = element_size(p.dtype) == 2 ? kHalfWrites : kWrites;
     const double memory =
-        (p.bytes() + kWrites * written + column_bytes + packed) / (bandwidth * share);
+        (p.bytes() + writes * written + column_bytes + packed) / (bandwidth * share);
     const bool slices = p.direction == Direction::kBackwardWeight && element_size(p.dtype) == 2 &&
                         slice_count(p, device) > 1;
     return std::max(multiply, memory) + passes * column_bytes / bandwidth +

@@ -400,10 +400,11 @@ float smallest_element(int products, int64_t channels, int64_t taps);
 
 // The fastest by estimate of all blocks and tiles.
 GemmPlan plan_gemm(const ConvProblem& problem, const Device& device);
-// Steps of all packed weights, and the seconds of a call whose tensors have so many bytes.
-int64_t packed_steps(const GemmProblem& gemm, const GemmTile& tile);
+int64_t packed_steps(const GemmProblem& gemm, const GemmTile& tile);  // of all packed weights
+// The seconds of a call whose tensors have so many bytes, to choose by.
+enum class Compared { kTiles, kAlgorithms };
 double estimate_gemm(const GemmProblem& gemm, const GemmTile& tile, const Device& device,
-                     double bytes);
+                     double bytes, Compared compared);
 // Whether octets of a tensor's channels are 16 aligned bytes.
 bool has_octets(int element_bytes, const Tensor4& tensor);
 // Gives up bulk copies, or all but those of an element, for a source whose address they cannot

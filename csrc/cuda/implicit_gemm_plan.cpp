@@ -344,7 +344,7 @@ void try_tiles(const ConvProblem& p, const CellChoice& cells, const Device& devi
             for (const bool stay : {false, true}) {
               t.resident_bytes = stay ? resident : 0;
               if ((stay && resident == 0) || !choose_stages(t)) continue;
-              const double seconds = estimate_gemm(g, t, device, p.bytes());
+              const double seconds = estimate_gemm(g, t, device, p.bytes(), Compared::kTiles);
               if (seconds < best.seconds) best = {"", g, t, seconds, {}};
             }
           }
@@ -417,6 +417,7 @@ GemmPlan plan_gemm(const ConvProblem& p, const Device& device) {
                           device, best);
     }
   if (!best.reason.empty()) return best;
+  best.seconds = estimate_gemm(best.problem, best.tile, device, p.bytes(), Compared::kAlgorithms);
   finish_plan(best);
   return best;
 }

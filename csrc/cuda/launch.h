@@ -11,7 +11,7 @@ namespace convops::cuda {
 // Hopper: what later architectures run is compiled from the oldest's PTX (setup.py), and cannot
 // wait.
 template <typename... Parameters, typename... Arguments>
-void launch_early(void (*kernel)(Parameters...), int64_t blocks, dim3 threads,
+void launch_early(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int shared_bytes,
                   const Execution& execution, const Arguments&... arguments) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -19,6 +19,7 @@ void launch_early(void (*kernel)(Parameters...), int64_t blocks, dim3 threads,
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = threads;
+  config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = static_cast<cudaStream_t>(execution.stream);
   config.attrs = &early;
   config.numAttrs = execution.device->compute_capability == 90 ? 1 : 0;

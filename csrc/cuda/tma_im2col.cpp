@@ -188,61 +188,65 @@ struct Plan {
   double seconds;
 };
 
-// How fast a kernel is, fitted to an H200 (docs/tma_im2col.md).
+// How fast kernels are, fitted to an H200 (docs/tma_im2col.md): 9, 10 and 5% root mean square near
+// each problem's fastest shape.
+struct ShapeSpeed {
+  PixelShape shape;
+  double step, store;  // seconds: of a stage's channels of a tap, and to store a tile
+};
 struct Speed {
-  std::span<const PixelShape> shapes;
-  int unit_sums;                          // channels of a tap that are multiplied at a time
-  std::span<const double> unit_seconds;   // for each shape
-  double partial_sums, partial_channels;  // so many times as long where boxes reach past them
-  double store_seconds[2];                // a tile, by a team of one and of two
+  std::span<const ShapeSpeed> shapes;
+  double partial_box;  // steps take so many times as long where boxes reach past the channels
+  double overlap;      // of the shorter of computing and memory this is not hidden
+  double bandwidth;    // of the device's, which `overlap` allows for
+  double launch;       // seconds
 };
 
 Speed speed(const ConvProblem& p) {
-  static constexpr double kHalf[] = {0.261e-6, 0.357e-6, 0.342e-6, 0.473e-6};
-  static constexpr double kTf32[] = {0.085e-6, 0.16e-6, 0.16e-6, 0.23e-6};
-  static constexpr double kIeee[] = {0.24e-6, 0.46e-6, 0.46e-6, 0.69e-6};
-  static_assert(std::size(kHalf) == std::size(kPixelShapes));
-  static_assert(std::size(kTf32) == std::size(kFloatPixelShapes));
-  static_assert(std::size(kIeee) == std::size(kFloatPixelShapes));
-  if (!is_float(p)) return {kPixelShapes, map_channels(2), kHalf, 1.42, 1.42, {0.8e-6, 1.24e-6}};
-  return {kFloatPixelShapes,
-          kPackedFloatSums,
-          float_parts(p) == 1 ? std::span(kTf32) : std::span(kIeee),
-          1,
-          1,
-          {1.2e-6, 2e-6}};
+  constexpr auto& half = kPixelShapes;
+  static constexpr ShapeSpeed kHalf[] = {{half[0], 0.261e-6, 1.24e-6},
+                                         {half[1], 0.357e-6, 1.24e-6},
+                                         {half[2], 0.342e-6, 1.24e-6},
+                                         {half[3], 0.473e-6, 0.8e-6}};
+  constexpr auto& full = kFloatPixelShapes;
+  static constexpr ShapeSpeed kTf32[] = {{full[0], 0.24e-6, 2.13e-6},
+                                         {full[1], 0.463e-6, 1.65e-6},
+                                         {full[2], 0.485e-6, 2.21e-6},
+                                         {full[3], 0.623e-6, 3.31e-6}};
+  static constexpr ShapeSpeed kIeee[] = {
+      {full[0], 0.385e-6, 2.5e-6}, {full[1], 0.913e-6, 2.05e-6}, {full[2], 1.167e-6, 2.73e-6}};
+  if (!is_float(p)) return {kHalf, 1.42, 0.62, 1.2, 5.5e-6};
+  if (float_parts(p) == 1) return {kTf32, 1, 0.14, 1, 4.2e-6};
+  return {kIeee, 1, 0.04, 1, 4.2e-6};
 }
 
 double estimate(const ConvProblem& p, const PixelGemm& g, int shape, const Device& device) {
-  // Of the shorter of computing and memory this is not hidden, which the bandwidth allows for.
-  constexpr double kOverlap = 0.62, kBandwidthFraction = 1.2;
-  constexpr double kLaunchSeconds = 4.2e-6;
   const Speed fast = speed(p);
-  double units = 0;
+  const int box = map_channels(element_bytes(p));
+  double steps = 0;
   for (int i = 0; i < g.phase_count; ++i) {
     const PixelPhase& phase = g.phases[i];
     const int end = i + 1 < g.phase_count ? g.phases[i + 1].first_tile : g.tiles;
-    units += double(end - phase.first_tile) * phase.taps_h * phase.taps_w *
-             double(ceil_divide(g.sums, fast.unit_sums));
+    steps += double(end - phase.first_tile) * phase.taps_h * phase.taps_w *
+             double(ceil_divide(g.sums, box));
   }
-  const auto& [warpgroups, channels, teams] = fast.shapes[shape];
-  double multiply = units / g.tiles * fast.unit_seconds[shape];
-  if (g.sums % map_channels(element_bytes(p)) != 0) multiply *= fast.partial_sums;
-  if (g.channels % channels != 0) multiply *= fast.partial_channels;
-  const double store = fast.store_seconds[teams - 1];
-  const double tile = teams == 1 ? multiply + store : std::max(multiply, (multiply + store) / 2);
+  const auto& [tile_shape, step, store] = fast.shapes[shape];
+  double multiply = steps / g.tiles * step;
+  if (g.sums % box != 0) multiply *= fast.partial_box;
+  if (g.channels % tile_shape.channels != 0) multiply *= fast.partial_box;
+  const double both = multiply + store;
+  const double tile = tile_shape.teams == 1 ? both : std::max(multiply, both / 2);
   const double compute = double(ceil_divide(g.tiles, device.processors)) * tile + store;
-  const double memory = p.bytes() / (device.bandwidth * kBandwidthFraction);
-  return kLaunchSeconds + std::max(compute, memory) + kOverlap * std::min(compute, memory);
+  const double memory = p.bytes() / (device.bandwidth * fast.bandwidth);
+  return fast.launch + std::max(compute, memory) + fast.overlap * std::min(compute, memory);
 }
 
 Plan make_plan(const ConvProblem& p, const Device& device) {
   Plan best{-1, {}, 0};
   const auto shapes = speed(p).shapes;
   for (int i = 0; i < int(shapes.size()); ++i) {
-    if (is_float(p) && !float_shape_serves(shapes[i], float_parts(p))) continue;
-    if (groups_share_boxes(p) && shapes[i].channels != kMergedChannels) continue;
-    const PixelGemm gemm = describe(p, shapes[i]);
+    if (groups_share_boxes(p) && shapes[i].shape.channels != kMergedChannels) continue;
+    const PixelGemm gemm = describe(p, shapes[i].shape);
     const double seconds = estimate(p, gemm, i, device);
     if (best.shape < 0 || seconds < best.seconds) best = {i, gemm, seconds};
   }
@@ -308,7 +312,8 @@ class TmaIm2col final : public Algorithm {
     pack(p, plan.gemm, operands.weight, execution);
     (is_float(p) ? multiply_float_pixels : multiply_pixels)(
         p, plan.gemm, plan.shape,
-        make_operands(p, plan.gemm, speed(p).shapes[plan.shape], operands, weight), execution);
+        make_operands(p, plan.gemm, speed(p).shapes[plan.shape].shape, operands, weight),
+        execution);
   }
 
  private:

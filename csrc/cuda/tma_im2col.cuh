@@ -51,9 +51,6 @@ struct Traits {
   static constexpr int kTeam = kShape.warpgroups * kWarpgroup;  // threads
   static constexpr int kConsumers = kShape.teams * kTeam, kThreads = kConsumers + kProducers;
   static constexpr bool kMovesRegisters = kProducers == kWarpgroup;
-  static constexpr int kProducerRegisters = 32, kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kConsumerRegisters =
-      (kLaunchRegisters * kThreads - kProducerRegisters * kProducers) / kConsumers / 8 * 8;
   static constexpr int kSourceBytes = kShape.pixels() * kRowBytes;
   static constexpr int kPartBytes = kShape.channels * kRowBytes;
   static constexpr int kStageBytes = kSourceBytes + kParts * kPartBytes;
@@ -178,22 +175,20 @@ __device__ __forceinline__ void run_block(const PixelGemm& g, const PixelOperand
   }
   __syncthreads();
   if (threadIdx.x < T::kConsumers) {
-    if constexpr (T::kMovesRegisters) ptx::raise_registers<T::kConsumerRegisters>();
+    if constexpr (T::kMovesRegisters) ptx::raise_registers<consumer_registers(T::kShape)>();
     consume(header);
   } else {
-    if constexpr (T::kMovesRegisters) ptx::lower_registers<T::kProducerRegisters>();
+    if constexpr (T::kMovesRegisters) ptx::lower_registers<kProducerRegisters>();
     if (threadIdx.x == T::kConsumers) produce<T>(g, operands, header, shared + T::kStagesAt);
   }
 }
 
+// How many blocks are launched.
 template <typename T, typename Kernel>
-void launch(Kernel kernel, const ConvProblem& p, const PixelGemm& g, const PixelOperands& operands,
-            const Execution& execution) {
-  const int blocks = std::min(g.tiles, execution.device->processors);
+int prepare(Kernel kernel, const PixelGemm& g, const Execution& execution) {
   CONVOPS_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
-  kernel<<<blocks, T::kThreads, T::kSharedBytes, cudaStream_t(execution.stream)>>>(p, g, operands);
-  CONVOPS_LAUNCH_CHECK("tma_im2col");
+  return std::min(g.tiles, execution.device->processors);
 }
 
 }  // namespace convops::cuda::tma_im2col

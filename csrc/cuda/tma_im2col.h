@@ -30,10 +30,17 @@ inline constexpr PixelShape kPixelShapes[] = {{2, 64, 2}, {3, 64, 2}, {2, 128, 2
 
 // Of float32: parts of a number that are multiplied.
 inline int float_parts(const ConvProblem& p) { return p.precision == Precision::kTf32 ? 1 : 2; }
-inline constexpr PixelShape kFloatPixelShapes[] = {{2, 64, 2}, {2, 128, 1}, {2, 128, 2}, {3, 128, 1}};
-// Whether the consumers' sums have registers: of two parts there are promoted ones, too.
+inline constexpr PixelShape kFloatPixelShapes[] = {
+    {1, 64, 2}, {3, 64, 1}, {2, 128, 1}, {3, 128, 1}};
+// Of float32 a warpgroup of producers hands registers on, beyond kProducerRegisters.
+inline constexpr int kProducerRegisters = 32;
+constexpr int consumer_registers(const PixelShape& shape) {
+  const int consumers = 128 * shape.warpgroups * shape.teams, threads = consumers + 128;
+  return (65536 / threads / 8 * 8 * threads - 128 * kProducerRegisters) / consumers / 8 * 8;
+}
+// Whether they are enough: for sums, of two parts twice, two stages of operands, and addresses.
 constexpr bool float_shape_serves(const PixelShape& shape, int parts) {
-  return parts == 1 || shape.warpgroups * shape.channels * shape.teams <= 256;
+  return shape.channels / 2 * parts + 32 * parts + 32 <= consumer_registers(shape);
 }
 // A packed weight's sums are in multiples of this.
 inline constexpr int kPackedFloatSums = 16;

@@ -14,7 +14,10 @@
 #include <utility>
 
 #include "cuda/definition.cuh"
+#include "cuda/launch.h"
 #include "cuda/pixel_walk.h"
+#include "cuda/ptx/launch.cuh"
+#include "cuda/ptx/thread.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tf32_parts.cuh"
 #include "cuda/tma_im2col.cuh"
@@ -28,6 +31,7 @@ using namespace tma_im2col;
 constexpr int kStepSums = 8;                 // of an instruction
 constexpr int kUnitSums = kPackedFloatSums;  // of a lane's load, two instructions
 constexpr int kUnitSteps = kUnitSums / kStepSums;
+constexpr int kStageSums = map_channels(sizeof(float)), kStageUnits = kStageSums / kUnitSums;
 
 // Which channel is k of an instruction: lanes k % 4 loaded four each, two for every instruction.
 CONVOPS_HOST_DEVICE constexpr int packed_channel(int place) {
@@ -37,46 +41,67 @@ CONVOPS_HOST_DEVICE constexpr int packed_channel(int place) {
 
 template <int kParts, PixelShape kShape>
 using FloatTraits = Traits<float, false, kParts, kShape, 0, kWarpgroup>;
-template <typename T>
-constexpr int kProducts = T::kParts == 1 ? 1 : 3;
 
 // A warp's pixels: rows lane / 4 of an instruction, and 8 more. Neighbours are 4 pixels apart, so
 // that lanes that load together find their swizzled 16 bytes in different banks.
 __device__ __forceinline__ int lane_pixel(int lane) { return lane / 8 + lane / 4 % 2 * 4; }
 
-struct Rows {
-  float4 row[2];
-};
-__device__ __forceinline__ Rows load_rows(const uint8_t* pixels, int unit) {
-  const int lane = int(threadIdx.x) % kWarp, pixel = lane_pixel(lane);
-  const int vector = (unit * 4 + lane % 4) ^ pixel % 8;
-  const auto* const from =
-      reinterpret_cast<const float4*>(pixels + pixel * kRowBytes + vector * 16);
-  return {from[0], from[8 * kRowBytes / 16]};
-}
+// What a lane has of a stage: of every unit two instructions' operands, in parts.
+template <typename T>
+struct StageOperand {
+  static constexpr int kProducts = T::kParts == 1 ? 1 : 3;
+  uint32_t part[kStageUnits][kUnitSteps][T::kParts][4];
 
-// The operand of an instruction, in parts.
-template <int kProducts>
-struct Operand {
-  uint32_t part[Tf32Parts<kProducts>::kCount][4];
-
-  __device__ __forceinline__ void set(int place, float x) {
+  __device__ __forceinline__ void load(const uint8_t* pixels) {
+    const int lane = int(threadIdx.x) % kWarp, pixel = lane_pixel(lane);
+    const auto* const row = reinterpret_cast<const float4*>(pixels + pixel * kRowBytes);
+    constexpr int kEightRows = 8 * kRowBytes / 16;
+    float4 loaded[kStageUnits][2];
+#pragma unroll
+    for (int unit = 0; unit < kStageUnits; ++unit)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        loaded[unit][i] = row[((unit * 4 + lane % 4) ^ pixel % 8) + i * kEightRows];
+#pragma unroll
+    for (int unit = 0; unit < kStageUnits; ++unit)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float4& four = loaded[unit][i];
+        set(unit, 0, i, four.x);
+        set(unit, 0, i + 2, four.y);
+        set(unit, 1, i, four.z);
+        set(unit, 1, i + 2, four.w);
+      }
+  }
+  __device__ __forceinline__ void set(int unit, int step, int place, float x) {
     const auto parts = Tf32Parts<kProducts>::of(x);
 #pragma unroll
-    for (int i = 0; i < Tf32Parts<kProducts>::kCount; ++i) part[i][place] = parts.part[i];
+    for (int i = 0; i < T::kParts; ++i) {
+      part[unit][step][i][place] = parts.part[i];
+      ptx::keep(part[unit][step][i][place]);  // or the instructions that use it wait for it
+    }
+  }
+
+  __device__ __forceinline__ void multiply(float (&sums)[T::kShape.channels / 2],
+                                           ptx::LaidMatrix weight) const {
+    constexpr int kStepVectors = kStepSums * 4 / 16, kPartVectors = T::kPartBytes / 16;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int unit = 0; unit < kStageUnits; ++unit)
+#pragma unroll
+      for (int step = 0; step < kUnitSteps; ++step, weight.low += kStepVectors) {
+        const auto& parts = part[unit][step];
+        const bool adds = T::kParts == 1 || unit + step > 0;  // to what is not promoted
+        if constexpr (T::kParts > 1) {
+          // The small products first: after them little is cut off.
+          ptx::wgmma_tf32(sums, parts[0], {weight.low + kPartVectors, weight.high}, adds);
+          ptx::wgmma_tf32(sums, parts[1], weight, 1);
+        }
+        ptx::wgmma_tf32(sums, parts[0], weight, T::kParts > 1 || adds);
+      }
+    ptx::wgmma_commit();
   }
 };
-template <int kProducts>
-__device__ __forceinline__ void split(const Rows& rows,
-                                      Operand<kProducts> (&operands)[kUnitSteps]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    operands[0].set(i, rows.row[i].x);
-    operands[0].set(i + 2, rows.row[i].y);
-    operands[1].set(i, rows.row[i].z);
-    operands[1].set(i + 2, rows.row[i].w);
-  }
-}
 
 // A lane's results: two channels of every eight, of two pixels.
 template <typename T>
@@ -146,53 +171,37 @@ __device__ __forceinline__ void consume(const ConvProblem& p, const PixelGemm& g
     float sums[T::kShape.channels / 2], totals[T::kShape.channels / 2];
 #pragma unroll
     for (int i = 0; i < T::kShape.channels / 2; ++i) sums[i] = totals[i] = 0;
-    Stage<T::kStages> used = stage;
-    // When a stage's instructions have ended. Three products a number are promoted then: tensor
-    // cores truncate every addition (ptx/truncation.h), of which there are up to 12 by now.
-    const auto finish = [&] {
-      if (leads) ptx::barrier_arrive(&header.empty[used.index]);
-      used.next();
-      if constexpr (T::kParts > 1) {
+    Stage<T::kStages> used = stage;  // whose instructions may not have ended
+    const auto finish = [&](bool any) {
+      ptx::wgmma_wait<0>();
+      if (any) {
+        if (leads) ptx::barrier_arrive(&header.empty[used.index]);
+        used.next();
+      }
+      // Of two parts: tensor cores truncate every addition (ptx/truncation.h), here up to 12.
+      if constexpr (T::kParts > 1)
 #pragma unroll
         for (int i = 0; i < T::kShape.channels / 2; ++i) totals[i] += sums[i];
-      }
     };
-    int left = g.sums;  // of the tap
-#pragma unroll 1
-    for (int step = 0; step < count; ++step) {
+    // While the stage before is multiplied this one is loaded and split.
+    const auto multiply_stage = [&](int step, StageOperand<T>& operand) {
       const uint8_t* const source = shared + T::kStagesAt + stage.index * T::kStageBytes;
-      const ptx::LaidMatrix weight =
-          ptx::boxes(uint32_t(__cvta_generic_to_shared(source + T::kSourceBytes)), 0);
+      const auto weight = uint32_t(__cvta_generic_to_shared(source + T::kSourceBytes));
       ptx::barrier_wait(&header.full[stage.index], stage.parity);
-      const int units = min(left, T::kStageSums) > kUnitSums ? T::kStageSums / kUnitSums : 1;
-#pragma unroll 1
-      for (int unit = 0; unit < units; ++unit) {
-        const Rows rows = load_rows(source + warp * kWarpPixels * kRowBytes, unit);
-        ptx::wgmma_wait<0>();  // the operand's registers are free
-        if (unit == 0 && step > 0) finish();
-        Operand<kProducts<T>> operand[kUnitSteps];
-        split(rows, operand);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kUnitSteps; ++k) {
-          constexpr int kStepVectors = kStepSums * 4 / 16, kPartVectors = T::kPartBytes / 16;
-          const ptx::LaidMatrix high{weight.low + (unit * kUnitSteps + k) * kStepVectors,
-                                     weight.high};
-          const bool starts = T::kParts > 1 && unit == 0 && k == 0;
-          ptx::wgmma_tf32(sums, operand[k].part[0], high, !starts);
-          if constexpr (T::kParts > 1) {
-            ptx::wgmma_tf32(sums, operand[k].part[0], {high.low + kPartVectors, high.high}, 1);
-            ptx::wgmma_tf32(sums, operand[k].part[1], high, 1);
-          }
-        }
-        ptx::wgmma_commit();
-      }
-      left = left > T::kStageSums ? left - T::kStageSums : g.sums;
+      operand.load(source + warp * kWarpPixels * kRowBytes);
+      finish(step > 0);
+      operand.multiply(sums, ptx::boxes(weight, 0));
       stage.next();
+    };
+    StageOperand<T> even, odd;
+#pragma unroll 1
+    for (int step = 0; step < count; step += 2) {
+      multiply_stage(step, even);
+      if (step + 1 == count) break;
+      multiply_stage(step + 1, odd);
     }
     if (T::kShape.teams > 1 && leads) ptx::barrier_arrive(&header.turns[team ^ 1]);
-    ptx::wgmma_wait<0>();
-    if (count > 0) finish();
+    finish(count > 0);
     store<T>(p, g, operands, tile, T::kParts > 1 ? totals : sums);
   }
 }
@@ -203,16 +212,18 @@ __global__ void __launch_bounds__(T::kThreads, 1)
                             const __grid_constant__ PixelGemm g,
                             const __grid_constant__ PixelOperands operands) {
   extern __shared__ __align__(1024) uint8_t shared[];
+  // The kernel that packs the weight may not have ended.
+  if (threadIdx.x == T::kConsumers) ptx::wait_for_prerequisites();
   run_block<T>(g, operands, shared,
                [&](Header& header) { consume<T>(p, g, operands, header, shared); });
 }
 
-// What sums lose until they are promoted, on average: the weights are as much larger.
-__host__ __device__ float mean_loss(const PixelGemm& g) {
-  constexpr int kStageSums = map_channels(sizeof(float));
-  const int units = int(ceil_divide(g.sums, kUnitSums)), full = g.sums / kStageSums;
-  const int all = kStageSums / kUnitSums, rest = units - full * all;
-  const float held = float(full * all * all + rest * rest) / float(units);
+// What sums lose until they are promoted, on average: the weights are as much larger. (Zeros behind
+// the channels lose nothing, nor do those of other groups.)
+float mean_loss(const ConvProblem& p, const PixelGemm& g) {
+  const int64_t sums = g.merged ? p.group_in_channels() : g.sums;
+  const int units = int(ceil_divide(sums, kUnitSums)), rest = units % kStageUnits;
+  const float held = float((units - rest) * kStageUnits + rest * rest) / float(units);
   return ptx::lost_by(3 * kUnitSteps * held);
 }
 
@@ -220,7 +231,8 @@ constexpr int kPackThreads = 256;
 template <int kParts>
 __global__ void __launch_bounds__(kPackThreads)
     pack_floats_kernel(const __grid_constant__ ConvProblem p, const __grid_constant__ PixelGemm g,
-                       const float* weight, float* packed, int64_t part_floats) {
+                       const float* weight, float* packed, int64_t part_floats, float loss) {
+  ptx::launch_dependents();
   const int64_t place = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
   if (place >= part_floats) return;
   const int64_t sums = round_up(g.sums, kUnitSums), k = place % sums, line = place / sums;
@@ -235,7 +247,7 @@ __global__ void __launch_bounds__(kPackThreads)
   if (sum < g.sums && out / p.group_out_channels() == group)
     value = weight[out * stride[0] + (in - group * p.group_in_channels()) * stride[1] +
                    tap / p.kernel().w * stride[2] + tap % p.kernel().w * stride[3]];
-  if (kParts > 1) value = fmaf(value, mean_loss(g), value);
+  if (kParts > 1) value = fmaf(value, loss, value);
   const auto parts = Tf32Parts < kParts == 1 ? 1 : 4 > ::of(value);
 #pragma unroll
   for (int i = 0; i < kParts; ++i) packed[i * part_floats + place] = __uint_as_float(parts.part[i]);
@@ -247,7 +259,11 @@ void launch_shape(const ConvProblem& p, const PixelGemm& g, int shape,
   const auto try_shape = [&]<int i>() {
     using T = FloatTraits<kParts, kFloatPixelShapes[i]>;
     if constexpr (float_shape_serves(kFloatPixelShapes[i], kParts))
-      if (shape == i) launch<T>(tma_im2col_float_kernel<T>, p, g, operands, execution);
+      if (shape == i) {
+        const auto kernel = tma_im2col_float_kernel<T>;
+        launch_early(kernel, prepare<T>(kernel, g, execution), T::kThreads, T::kSharedBytes,
+                     execution, p, g, operands);
+      }
   };
   [&]<int... i>(std::integer_sequence<int, i...>) {
     (try_shape.template operator()<i>(), ...);
@@ -262,8 +278,8 @@ void pack_floats(const ConvProblem& p, const PixelGemm& g, const void* weight, v
       int64_t{g.channels} * p.kernel().h * p.kernel().w * round_up(g.sums, kUnitSums);
   const auto blocks = unsigned(ceil_divide(floats, kPackThreads));
   const auto kernel = float_parts(p) == 1 ? pack_floats_kernel<1> : pack_floats_kernel<2>;
-  kernel<<<blocks, kPackThreads, 0, cudaStream_t(stream)>>>(p, g, static_cast<const float*>(weight),
-                                                            static_cast<float*>(packed), floats);
+  kernel<<<blocks, kPackThreads, 0, cudaStream_t(stream)>>>(
+      p, g, static_cast<const float*>(weight), static_cast<float*>(packed), floats, mean_loss(p, g));
   CONVOPS_LAUNCH_CHECK("tma_im2col weights");
 }
 

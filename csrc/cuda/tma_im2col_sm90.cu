@@ -222,12 +222,20 @@ __global__ void __launch_bounds__(kPackThreads)
                         : T{};
 }
 
+template <typename T>
+void launch(const ConvProblem& p, const PixelGemm& g, const PixelOperands& operands,
+            const Execution& execution) {
+  const auto kernel = tma_im2col_kernel<T>;
+  const int blocks = prepare<T>(kernel, g, execution);
+  kernel<<<blocks, T::kThreads, T::kSharedBytes, cudaStream_t(execution.stream)>>>(p, g, operands);
+  CONVOPS_LAUNCH_CHECK("tma_im2col");
+}
+
 template <typename E, bool kTurned>
 void launch_shape(const ConvProblem& p, const PixelGemm& g, int shape,
                   const PixelOperands& operands, const Execution& execution) {
   const auto try_shape = [&]<int i>() {
-    using T = HalfTraits<E, kTurned, kPixelShapes[i]>;
-    if (shape == i) launch<T>(tma_im2col_kernel<T>, p, g, operands, execution);
+    if (shape == i) launch<HalfTraits<E, kTurned, kPixelShapes[i]>>(p, g, operands, execution);
   };
   [&]<int... i>(std::integer_sequence<int, i...>) {
     (try_shape.template operator()<i>(), ...);

@@ -75,7 +75,7 @@ void add_weight_parts(const Tensor4& weight, const float* partial, int64_t parts
   dispatch(dtype, [&]<typename T>(T) {
     const auto kernel = vectors ? reduce_kernel<T, kVector> : reduce_kernel<T, 1>;
     const int64_t blocks = ceil_divide(weight.numel(), (vectors ? kVector : 1) * threads.x);
-    launch_early(kernel, blocks, threads, execution, weight, partial, parts,
+    launch_early(kernel, blocks, threads, 0, execution, weight, partial, parts,
                  static_cast<T*>(result));
   });
 }

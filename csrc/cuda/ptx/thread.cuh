@@ -12,6 +12,9 @@ __device__ __forceinline__ int thread_index() {
 }
 
 // Has a value computed here and now, not anew wherever it is used.
-__device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)); }
+template <typename T>
+__device__ __forceinline__ void keep(T& value) {
+  asm volatile("" : "+r"(value));
+}
 
 }  // namespace convops::cuda::ptx

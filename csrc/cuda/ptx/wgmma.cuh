@@ -151,6 +151,7 @@ CONVOPS_WGMMA_ALL_BOXES(wgmma_boxes_bf16, "bf16")
   }
 CONVOPS_WGMMA_TF32(64, CONVOPS_R3, CONVOPS_D3, "%32", "%33", "%34", "%35", "%36", "%37")
 CONVOPS_WGMMA_TF32(128, CONVOPS_R7, CONVOPS_D7, "%64", "%65", "%66", "%67", "%68", "%69")
+CONVOPS_WGMMA_TF32(256, CONVOPS_R15, CONVOPS_D15, "%128", "%129", "%130", "%131", "%132", "%133")
 
 // An operand B in shared memory as it lies in cells, without swizzle: rows of 8 halves (16 bytes)
 // are eight columns of B at one k, those of the next k follow, the next eight columns lie `plane`

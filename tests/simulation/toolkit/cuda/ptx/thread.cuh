@@ -7,6 +7,7 @@ namespace convops::cuda::ptx {
 
 inline int thread_index() { return simulation::thread_index(); }
 
-inline void keep(int&) {}
+template <typename T>
+void keep(T&) {}
 
 }  // namespace convops::cuda::ptx
