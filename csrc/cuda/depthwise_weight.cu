@@ -262,8 +262,8 @@ void depthwise_weight::add_parts(const ConvProblem& p, int64_t parts, const Oper
                                  const Execution& execution) {
   const auto add = [&](auto tag) {
     using T = decltype(tag);
-    launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kMaxWarps), kMaxThreads, 0, execution,
-                 p.weight, static_cast<const float*>(execution.workspace), parts,
+    launch_early(reduce_kernel<T>, ceil_divide(p.weight.numel(), kMaxWarps), kMaxThreads, 0,
+                 execution, p.weight, static_cast<const float*>(execution.workspace), parts,
                  p.dtype == DType::kBFloat16, static_cast<T*>(operands.weight));
   };
   p.dtype == DType::kFloat32 ? add(float{}) : add(Half{});

@@ -90,7 +90,8 @@ int64_t packed_steps(const GemmProblem& g, const GemmTile& t) {
 
 double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes,
                      Compared compared) {
-  const bool of_pixels = compared == Compared::kAlgorithms && g.groups == 1 && is_channels_last(g.source);
+  const bool of_pixels =
+      compared == Compared::kAlgorithms && g.groups == 1 && is_channels_last(g.source);
   const double steps = double(packed_steps(g, t));
   const double weights = steps * t.row_tile * kStepOctets * kOctet;
   const auto& size = g.result.size;

@@ -278,8 +278,9 @@ void pack_floats(const ConvProblem& p, const PixelGemm& g, const void* weight, v
       int64_t{g.channels} * p.kernel().h * p.kernel().w * round_up(g.sums, kUnitSums);
   const auto blocks = unsigned(ceil_divide(floats, kPackThreads));
   const auto kernel = float_parts(p) == 1 ? pack_floats_kernel<1> : pack_floats_kernel<2>;
-  kernel<<<blocks, kPackThreads, 0, cudaStream_t(stream)>>>(
-      p, g, static_cast<const float*>(weight), static_cast<float*>(packed), floats, mean_loss(p, g));
+  kernel<<<blocks, kPackThreads, 0, cudaStream_t(stream)>>>(p, g, static_cast<const float*>(weight),
+                                                            static_cast<float*>(packed), floats,
+                                                            mean_loss(p, g));
   CONVOPS_LAUNCH_CHECK("tma_im2col weights");
 }
 
