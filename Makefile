@@ -33,7 +33,7 @@ demo: build  ## check and time a large convolution, filter a photograph; writes 
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: build  ## run the tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: build  ## compare with PyTorch (ARGS="--help" for the choices)
 	$(BIN)/python -m benchmarks $(ARGS)
