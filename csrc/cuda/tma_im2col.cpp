@@ -221,6 +221,7 @@ Speed speed(const ConvProblem& p) {
 }
 
 double estimate(const ConvProblem& p, const PixelGemm& g, int shape, const Device& device) {
+  constexpr double kOneUnit = 0.6;  // of a stage's time, if it is half as much
   const Speed fast = speed(p);
   const int box = map_channels(element_bytes(p));
   double steps = 0;
@@ -233,6 +234,7 @@ double estimate(const ConvProblem& p, const PixelGemm& g, int shape, const Devic
   const auto& [tile_shape, step, store] = fast.shapes[shape];
   double multiply = steps / g.tiles * step;
   if (g.sums % box != 0) multiply *= fast.partial_box;
+  if (is_float(p) && float_units(g.sums) == 1) multiply *= kOneUnit;
   if (g.channels % tile_shape.channels != 0) multiply *= fast.partial_box;
   const double both = multiply + store;
   const double tile = tile_shape.teams == 1 ? both : std::max(multiply, both / 2);
@@ -245,8 +247,9 @@ Plan make_plan(const ConvProblem& p, const Device& device) {
   Plan best{-1, {}, 0};
   const auto shapes = speed(p).shapes;
   for (int i = 0; i < int(shapes.size()); ++i) {
-    if (groups_share_boxes(p) && shapes[i].shape.channels != kMergedChannels) continue;
-    const PixelGemm gemm = describe(p, shapes[i].shape);
+    const PixelShape& shape = shapes[i].shape;
+    if (groups_share_boxes(p) && shape.channels != kMergedChannels) continue;
+    const PixelGemm gemm = describe(p, shape);
     const double seconds = estimate(p, gemm, i, device);
     if (best.shape < 0 || seconds < best.seconds) best = {i, gemm, seconds};
   }
