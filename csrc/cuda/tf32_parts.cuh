@@ -47,4 +47,16 @@ struct Tf32Parts {
   }
 };
 
+// The registers of an instruction's operand, in parts.
+template <int kProducts, int kRegisters>
+struct Tf32Operand {
+  uint32_t part[Tf32Parts<kProducts>::kCount][kRegisters];
+
+  __device__ __forceinline__ void set(int place, float x) {
+    const auto parts = Tf32Parts<kProducts>::of(x);
+#pragma unroll
+    for (int i = 0; i < Tf32Parts<kProducts>::kCount; ++i) part[i][place] = parts.part[i];
+  }
+};
+
 }  // namespace convops::cuda

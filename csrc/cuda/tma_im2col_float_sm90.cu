@@ -52,7 +52,7 @@ __device__ __forceinline__ int lane_pixel(int lane) { return lane / 8 + lane / 4
 template <typename T>
 struct StageOperand {
   static constexpr int kProducts = T::kParts == 1 ? 1 : 3;
-  uint32_t part[T::kUnits][kUnitSteps][T::kParts][4];
+  Tf32Operand<kProducts, 4> operand[T::kUnits][kUnitSteps];
 
   __device__ __forceinline__ void load(const uint8_t* pixels) {
     const int lane = int(threadIdx.x) % kWarp, pixel = lane_pixel(lane);
@@ -69,21 +69,21 @@ struct StageOperand {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float4& four = loaded[unit][i];
-        set(unit, 0, i, four.x);
-        set(unit, 0, i + 2, four.y);
-        set(unit, 1, i, four.z);
-        set(unit, 1, i + 2, four.w);
+        operand[unit][0].set(i, four.x);
+        operand[unit][0].set(i + 2, four.y);
+        operand[unit][1].set(i, four.z);
+        operand[unit][1].set(i + 2, four.w);
       }
-  }
-  __device__ __forceinline__ void set(int unit, int step, int place, float x) {
-    const auto parts = Tf32Parts<kProducts>::of(x);
+    // Or the instructions that use them wait for each other.
 #pragma unroll
-    for (int i = 0; i < T::kParts; ++i) {
-      part[unit][step][i][place] = parts.part[i];
-      ptx::keep(part[unit][step][i][place]);  // or the instructions that use it wait for it
-    }
+    for (auto& unit : operand)
+#pragma unroll
+      for (auto& step : unit)
+#pragma unroll
+        for (auto& part : step.part)
+#pragma unroll
+          for (uint32_t& value : part) ptx::keep(value);
   }
-
   __device__ __forceinline__ void multiply(float (&sums)[T::kShape.channels / 2],
                                            ptx::LaidMatrix weight) const {
     constexpr int kStepVectors = kStepSums * 4 / 16, kPartVectors = T::kPartBytes / 16;
@@ -92,7 +92,7 @@ struct StageOperand {
     for (int unit = 0; unit < T::kUnits; ++unit)
 #pragma unroll
       for (int step = 0; step < kUnitSteps; ++step, weight.low += kStepVectors) {
-        const auto& parts = part[unit][step];
+        const auto& parts = operand[unit][step].part;
         const bool adds = T::kParts == 1 || unit + step > 0;  // to what is not promoted
         if constexpr (T::kParts > 1) {
           // The small products first: after them little is cut off.

@@ -12,115 +12,31 @@
 // each warpgroup multiplies its 64 out channels by its slots, and stores its sums into the share's
 // part. weight_parts.cu adds the parts in order. (Where one block has all pixels, it stores
 // results.)
-#include <utility>
+#include <type_traits>
 
-#include "cuda/check.h"
-#include "cuda/ptx/barrier.cuh"
-#include "cuda/ptx/copy.cuh"
-#include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/tma_im2col_weight.h"
+#include "cuda/tma_im2col_weight.cuh"
 #include "cuda/types.cuh"
 
 namespace convops::cuda {
 namespace {
 
-constexpr int kWarp = 32, kStepPixels = 16;
+using namespace tma_im2col_weight;
+
+constexpr int kStepPixels = 16;
 constexpr int kWarpRows = 16;  // out channels of a warp
 constexpr int kConsumerBarrier = 1;
-constexpr int kAlignment = 1024;  // of boxes
-constexpr int kRingBytes = 208 * 1024, kMostStages = 8;
 
-template <typename E_, PixelTile kTile_>
-struct Traits {
+template <typename E_, PixelTile kTile>
+struct HalfTraits : Traits<kTile, 4 * kTile.out_boxes> {
   using E = E_;
-  static constexpr PixelTile kTile = kTile_;
-  static constexpr int kConsumerWarps = 4 * kTile.warpgroups;
-  static constexpr int kThreads = (kConsumerWarps + 1) * kWarp;   // a producer
-  static constexpr int kSums = kTile.slots * kPixelChannels / 2;  // of a thread
-  static constexpr int kStages = kRingBytes / kTile.stage_bytes() < kMostStages
-                                     ? kRingBytes / kTile.stage_bytes()
-                                     : kMostStages;
+  using Base = Traits<kTile, 4 * kTile.out_boxes>;
+  static constexpr int kSums = kTile.slots * kTile.side / 2;  // of a thread
   // From a row of sums to the next in shared memory: eight rows lie in different banks.
-  static constexpr int kSumsPitch = kTile.slots * kPixelChannels + 8;
-  static_assert(kConsumerWarps * kWarpRows * kSumsPitch * 4 <= kStages * kTile.stage_bytes());
-  static constexpr int kSharedBytes = kAlignment + kStages * kTile.stage_bytes();
-  static_assert(kStages >= 3 && kPixelBoxBytes % kAlignment == 0);
+  static constexpr int kSumsPitch = kTile.slots * kTile.side + 8;
+  static_assert(Base::kConsumerWarps * kWarpRows * kSumsPitch * 4 <=
+                Base::kStages * kTile.stage_bytes());
 };
-
-// The block's work.
-struct Share {
-  int group, out_channel, slot;  // of merged groups the number, and the first
-  int split, begin, end;         // stages
-
-  Share() = default;
-  __device__ Share(const WeightPixels& g, PixelTile tile) {
-    // Neighbouring blocks read the same pixels.
-    const int block = int(blockIdx.x), rest = block % g.tiles();
-    split = block / g.tiles();
-    slot = rest % g.slot_tiles * tile.slots;
-    out_channel = rest / g.slot_tiles % g.out_tiles * tile.out_channels();
-    group = rest / (g.slot_tiles * g.out_tiles);
-    begin = int(int64_t{g.stages} * split / g.splits);
-    end = int(int64_t{g.stages} * (split + 1) / g.splits);
-  }
-};
-
-// In shared memory, before the ring.
-struct Header {
-  uint64_t full[kMostStages], empty[kMostStages];
-  Share share;
-};
-static_assert(sizeof(Header) <= kAlignment);
-
-struct Stage {
-  int index = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(int stages) {
-    if (++index == stages) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// By one thread.
-template <typename T>
-__device__ void run_producer(const WeightPixels& g, const WeightPixelsOperands& operands,
-                             Header& header, uint8_t* ring) {
-  const Share share = header.share;
-  constexpr PixelTile kTile = T::kTile;
-  const int slots = min(kTile.slots, g.slots - share.slot);
-  const uint32_t bytes = uint32_t(kTile.warpgroups + slots) * kPixelBoxBytes;
-  Stage stage;
-  for (int i = share.begin; i < share.end; ++i, stage.next(T::kStages)) {
-    ptx::barrier_wait(&header.empty[stage.index], stage.parity ^ 1);
-    uint64_t* const barrier = &header.full[stage.index];
-    ptx::expect_bytes(barrier, bytes);
-    ptx::barrier_arrive(barrier);
-    const int pixel = i * kPixelStage, line = g.by_out_width.quotient(pixel);
-    const int column = pixel - line * int(g.by_out_width.value);
-    const int image = g.by_out_height.quotient(line);
-    const int row = line - image * int(g.by_out_height.value);
-    uint8_t* to = ring + stage.index * kTile.stage_bytes();
-#pragma unroll
-    for (int j = 0; j < kTile.warpgroups; ++j, to += kPixelBoxBytes) {
-      const int channel =
-          share.group * g.merged * g.out_channels + share.out_channel + j * kPixelChannels;
-      ptx::copy_pixels(to, &operands.grad, {channel, column, row, image}, {0, 0}, barrier);
-    }
-    const int left = column * g.stride_w - g.padding_w, top = row * g.stride_h - g.padding_h;
-    for (int j = 0; j < slots; ++j, to += kPixelBoxBytes) {
-      const int block = g.by_taps.quotient(share.slot + j);
-      const int tap = share.slot + j - block * g.taps, tap_h = g.by_kernel_w.quotient(tap);
-      const int channel = share.group * g.merged * g.channels + block * kPixelChannels;
-      const uint16_t shift[] = {uint16_t((tap - tap_h * g.kernel_w) * g.dilation_w),
-                                uint16_t(tap_h * g.dilation_h)};
-      ptx::copy_pixels(to, &operands.input, {channel, left, top, image}, shift, barrier);
-    }
-  }
-}
 
 template <typename T>
 __device__ __forceinline__ void multiply(float (&sums)[T::kSums], ptx::LaidMatrix a,
@@ -161,7 +77,7 @@ __device__ __forceinline__ void store_sums(const WeightPixels& g, const Share& s
     for (int row = 0; row < kWarpRows; ++row) {
       const int out_channel = share.out_channel + warp * kWarpRows + row;  // of merged groups
       const int others = g.merged > 1 ? g.by_channels.quotient(out_channel) * g.channels : 0;
-      const int channel = block * kPixelChannels + 2 * lane - others;
+      const int channel = block * T::kTile.side + 2 * lane - others;
       if (out_channel >= g.merged * g.out_channels ||
           first + out_channel >= int64_t{g.groups} * g.out_channels ||
           unsigned(channel) >= unsigned(g.channels))
@@ -169,7 +85,7 @@ __device__ __forceinline__ void store_sums(const WeightPixels& g, const Share& s
       const int64_t place =
           tap_place + (first + out_channel) * to.out_channel + channel * to.channel;
       const float2 pair = *reinterpret_cast<const float2*>(rows + row * T::kSumsPitch +
-                                                           j * kPixelChannels + 2 * lane);
+                                                           j * T::kTile.side + 2 * lane);
       if (!to.rounded) {
         *reinterpret_cast<float2*>(part + place) = pair;
       } else {
@@ -187,29 +103,30 @@ __device__ void run_consumers(const WeightPixels& g, Header& header, uint8_t* ri
   constexpr PixelTile kTile = T::kTile;
   const int group = int(threadIdx.x) / (4 * kWarp);
   const auto base = uint32_t(__cvta_generic_to_shared(ring));
-  const ptx::LaidMatrix a0 = ptx::boxes(base + group * kPixelBoxBytes, kPixelBoxBytes);
-  const ptx::LaidMatrix b0 = ptx::boxes(base + kTile.warpgroups * kPixelBoxBytes, kPixelBoxBytes);
+  const ptx::LaidMatrix a0 = ptx::boxes(base + group * kTile.box_bytes(), kTile.box_bytes());
+  const ptx::LaidMatrix b0 =
+      ptx::boxes(base + kTile.out_boxes * kTile.box_bytes(), kTile.box_bytes());
   const bool leads = threadIdx.x % kWarp == 0;
   float sums[T::kSums];
 #pragma unroll
   for (int i = 0; i < T::kSums; ++i) asm("" : "=f"(sums[i]));  // set by the first instruction
-  Stage stage, used;
-  for (int i = share.begin; i < share.end; ++i, stage.next(T::kStages)) {
+  Stage<T::kStages> stage, used;
+  for (int i = share.begin; i < share.end; ++i, stage.next()) {
     ptx::barrier_wait(&header.full[stage.index], stage.parity);
     const int from = stage.index * kTile.stage_bytes() / 16;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kPixelStage; k += kStepPixels)
+    for (int k = 0; k < kTile.side; k += kStepPixels)
       multiply<T>(sums, ptx::skip<true>({a0.low + from, a0.high}, k),
                   ptx::skip<true>({b0.low + from, b0.high}, k), k > 0 || i > share.begin);
     ptx::wgmma_commit();
     if (i == share.begin) continue;
     ptx::wgmma_wait<1>();  // the stage before is done with
     if (leads) ptx::barrier_arrive(&header.empty[used.index]);
-    used.next(T::kStages);
+    used.next();
   }
   ptx::wgmma_wait<0>();
-  ptx::sync_threads<T::kConsumerWarps * kWarp>(kConsumerBarrier);
+  ptx::sync_threads<T::kConsumers>(kConsumerBarrier);
   store_sums<T>(g, share, to, sums, ring);
 }
 
@@ -218,44 +135,19 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     sum_kernel(const __grid_constant__ WeightPixels g,
                const __grid_constant__ WeightPixelsOperands operands) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  Header& header = *reinterpret_cast<Header*>(shared);
-  uint8_t* const ring = shared + kAlignment;
-  if (threadIdx.x == 0) {
-    header.share = Share(g, T::kTile);
-    for (int i = 0; i < T::kStages; ++i) {
-      ::cuda::ptx::mbarrier_init(&header.full[i], 1);
-      ::cuda::ptx::mbarrier_init(&header.empty[i], T::kConsumerWarps);
-    }
-    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-  }
-  __syncthreads();
-  ptx::launch_dependents();
-  if (threadIdx.x < T::kConsumerWarps * kWarp)
-    run_consumers<T>(g, header, ring, operands.sums);
-  else if (threadIdx.x % kWarp == 0)
-    run_producer<T>(g, operands, header, ring);
+  run_block<T>(
+      g, operands, shared,
+      [&](Header& header, uint8_t* ring) { run_consumers<T>(g, header, ring, operands.sums); },
+      [](Header&, uint8_t*) {});
 }
 
-template <typename T>
-void launch(const WeightPixels& g, const WeightPixelsOperands& operands, cudaStream_t stream) {
-  const auto kernel = sum_kernel<T>;
-  CONVOPS_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
-  kernel<<<g.tiles() * g.splits, T::kThreads, T::kSharedBytes, stream>>>(g, operands);
-  CONVOPS_LAUNCH_CHECK("tma_im2col_weight");
-}
-
-// There is a kernel for each tile.
 template <typename E>
 void sum_pixels(const WeightPixels& g, const PixelTile& tile, const WeightPixelsOperands& operands,
                 void* stream) {
-  const auto try_tile = [&]<int i>() {
-    if (tile == kPixelTiles[i])
-      launch<Traits<E, kPixelTiles[i]>>(g, operands, cudaStream_t(stream));
-  };
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    (try_tile.template operator()<i>(), ...);
-  }(std::make_integer_sequence<int, int(std::size(kPixelTiles))>());
+  with_tile<kHalfTiles>(tile, [&]<int i>() {
+    using T = HalfTraits<E, kHalfTiles[i]>;
+    launch<T>(sum_kernel<T>, g, operands, stream);
+  });
 }
 
 }  // namespace

@@ -75,8 +75,8 @@ Channels random_channels(Random& random, const std::string& algorithm) {
     return {random.between(1, 3) * std::max(1, 8 / channels) * 2, channels, channels};
   }
   if (algorithm == "tma_im2col_weight")
-    return {random.one_in(3) ? 2 : 1, one_of<int>(random, {8, 16, 64, 72, 136, 264}),
-            one_of<int>(random, {8, 24, 64, 72, 136})};
+    return {random.one_in(3) ? 2 : 1, one_of<int>(random, {8, 16, 64, 72, 132, 136, 264}),
+            one_of<int>(random, {8, 24, 44, 64, 72, 136})};
   // Short of and beyond a block's 8 or 16, and 64 or 128.
   if (algorithm == "implicit_gemm_weight")
     return {random.one_in(3) ? 2 : 1, one_of<int>(random, {2, 5, 8, 16, 19, 70}),
@@ -173,8 +173,6 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
   if (algorithm.ends_with("weight")) p.direction = Direction::kBackwardWeight;
   if (algorithm.starts_with("grouped") || algorithm == "depthwise_planes")
     p.dtype = DType::kFloat32;
-  if (algorithm == "tma_im2col_weight")
-    p.dtype = random.one_in(2) ? DType::kFloat16 : DType::kBFloat16;
   if (algorithm == "depthwise_strips" && random.one_in(4)) p.dtype = DType::kFloat64;
   if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips" ||
       algorithm == "depthwise_planes" || pixels)
