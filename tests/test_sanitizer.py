@@ -45,14 +45,17 @@ few = [
     if math.prod(problem.input_size) * math.prod(problem.kernel) < 200_000
 ]
 with_tf32 = ("implicit_gemm", "implicit_gemm_weight", "grouped", "grouped_weight")
+with_tf32 += ("tma_im2col", "tma_im2col_weight")
 ran = 0
 cases = [
     (problem, dtype, problem in CHANNELS_LAST)
     for problem in ODD + dense + few
     for dtype in (torch.float32, torch.bfloat16)
 ]
-# Of 16 bits there are ways of their own for dense ones.
+# Of 16 bits there are ways of their own for dense ones, of float32 in two algorithms.
 cases += [(problem, torch.bfloat16, True) for problem in dense]
+if algorithm.startswith("tma_im2col"):
+    cases += [(problem, torch.float32, True) for problem in dense + FEW_A_GROUP]
 for problem, dtype, channels_last in cases:
     x, w, bias, dy = reference.operands(problem, dtype, "cuda")
     if channels_last:
