@@ -236,7 +236,7 @@ LEAST_CASES = {
     "tma_im2col": {
         **{"float16": 120, "bfloat16": 120, "float32": 180, "tf32": 80},
         **PIXELS,
-        **{"strided": 300, "dilated": 200, "high": 1, "kernels": 34},
+        **{"strided": 300, "dilated": 200, "high": 1, "kernels": 30},
     },
     "tma_im2col_weight": {
         **{"float16": 80, "bfloat16": 80, "float32": 80, "many_images": 3},

@@ -221,7 +221,6 @@ Speed speed(const ConvProblem& p) {
 }
 
 double estimate(const ConvProblem& p, const PixelGemm& g, int shape, const Device& device) {
-  constexpr double kOneUnit = 0.6;  // of a stage's time, if it is half as much
   const Speed fast = speed(p);
   const int box = map_channels(element_bytes(p));
   double steps = 0;
@@ -234,7 +233,6 @@ double estimate(const ConvProblem& p, const PixelGemm& g, int shape, const Devic
   const auto& [tile_shape, step, store] = fast.shapes[shape];
   double multiply = steps / g.tiles * step;
   if (g.sums % box != 0) multiply *= fast.partial_box;
-  if (is_float(p) && float_units(g.sums) == 1) multiply *= kOneUnit;
   if (g.channels % tile_shape.channels != 0) multiply *= fast.partial_box;
   const double both = multiply + store;
   const double tile = tile_shape.teams == 1 ? both : std::max(multiply, both / 2);

@@ -38,15 +38,13 @@ constexpr int consumer_registers(const PixelShape& shape) {
   const int consumers = 128 * shape.warpgroups * shape.teams, threads = consumers + 128;
   return (65536 / threads / 8 * 8 * threads - 128 * kProducerRegisters) / consumers / 8 * 8;
 }
-// A packed weight's sums are in multiples of this, a unit. A stage is two of them, but one where
-// the source has no more channels.
-inline constexpr int kPackedFloatSums = 16;
-constexpr int float_units(int64_t sums) { return sums > kPackedFloatSums ? 2 : 1; }
 // Whether the registers are enough: for sums, of two parts twice, operands of two stages,
 // addresses.
-constexpr bool float_shape_serves(const PixelShape& shape, int parts, int units) {
-  return shape.channels / 2 * parts + 16 * parts * units + 32 <= consumer_registers(shape);
+constexpr bool float_shape_serves(const PixelShape& shape, int parts) {
+  return shape.channels / 2 * parts + 32 * parts + 32 <= consumer_registers(shape);
 }
+// A packed weight's sums are in multiples of this.
+inline constexpr int kPackedFloatSums = 16;
 
 struct PixelPhase {
   Divisor by_columns, by_pixels;  // of a row's results, and an image's

@@ -31,7 +31,7 @@ using namespace tma_im2col;
 constexpr int kStepSums = 8;                 // of an instruction
 constexpr int kUnitSums = kPackedFloatSums;  // of a lane's load, two instructions
 constexpr int kUnitSteps = kUnitSums / kStepSums;
-constexpr int kMostUnits = map_channels(sizeof(float)) / kUnitSums;  // of a stage
+constexpr int kUnits = map_channels(sizeof(float)) / kUnitSums;  // of a stage
 
 // Which channel is k of an instruction: lanes k % 4 loaded four each, two for every instruction.
 CONVOPS_HOST_DEVICE constexpr int packed_channel(int place) {
@@ -39,10 +39,8 @@ CONVOPS_HOST_DEVICE constexpr int packed_channel(int place) {
   return k % 4 * 4 + step * 2 + k / 4;
 }
 
-template <int kParts, int kUnits_, PixelShape kShape>
-struct FloatTraits : Traits<float, false, kParts, kShape, 0, kWarpgroup> {
-  static constexpr int kUnits = kUnits_;  // of a stage
-};
+template <int kParts, PixelShape kShape>
+using FloatTraits = Traits<float, false, kParts, kShape, 0, kWarpgroup>;
 
 // A warp's pixels: rows lane / 4 of an instruction, and 8 more. Neighbours are 4 pixels apart, so
 // that lanes that load together find their swizzled 16 bytes in different banks.
@@ -52,20 +50,20 @@ __device__ __forceinline__ int lane_pixel(int lane) { return lane / 8 + lane / 4
 template <typename T>
 struct StageOperand {
   static constexpr int kProducts = T::kParts == 1 ? 1 : 3;
-  Tf32Operand<kProducts, 4> operand[T::kUnits][kUnitSteps];
+  Tf32Operand<kProducts, 4> operand[kUnits][kUnitSteps];
 
   __device__ __forceinline__ void load(const uint8_t* pixels) {
     const int lane = int(threadIdx.x) % kWarp, pixel = lane_pixel(lane);
     const auto* const row = reinterpret_cast<const float4*>(pixels + pixel * kRowBytes);
     constexpr int kEightRows = 8 * kRowBytes / 16;
-    float4 loaded[T::kUnits][2];
+    float4 loaded[kUnits][2];
 #pragma unroll
-    for (int unit = 0; unit < T::kUnits; ++unit)
+    for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         loaded[unit][i] = row[((unit * 4 + lane % 4) ^ pixel % 8) + i * kEightRows];
 #pragma unroll
-    for (int unit = 0; unit < T::kUnits; ++unit)
+    for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float4& four = loaded[unit][i];
@@ -89,7 +87,7 @@ struct StageOperand {
     constexpr int kStepVectors = kStepSums * 4 / 16, kPartVectors = T::kPartBytes / 16;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int unit = 0; unit < T::kUnits; ++unit)
+    for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
       for (int step = 0; step < kUnitSteps; ++step, weight.low += kStepVectors) {
         const auto& parts = operand[unit][step].part;
@@ -224,8 +222,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 // the channels lose nothing, nor do those of other groups.)
 float mean_loss(const ConvProblem& p, const PixelGemm& g) {
   const int64_t sums = g.merged ? p.group_in_channels() : g.sums;
-  const int units = int(ceil_divide(sums, kUnitSums)), rest = units % kMostUnits;
-  const float held = float((units - rest) * kMostUnits + rest * rest) / float(units);
+  const int units = int(ceil_divide(sums, kUnitSums)), rest = units % kUnits;
+  const float held = float((units - rest) * kUnits + rest * rest) / float(units);
   return ptx::lost_by(3 * kUnitSteps * held);
 }
 
@@ -255,12 +253,12 @@ __global__ void __launch_bounds__(kPackThreads)
   for (int i = 0; i < kParts; ++i) packed[i * part_floats + place] = __uint_as_float(parts.part[i]);
 }
 
-template <int kParts, int kUnits>
+template <int kParts>
 void launch_shape(const ConvProblem& p, const PixelGemm& g, int shape,
                   const PixelOperands& operands, const Execution& execution) {
   const auto try_shape = [&]<int i>() {
-    using T = FloatTraits<kParts, kUnits, kFloatPixelShapes[i]>;
-    if constexpr (float_shape_serves(kFloatPixelShapes[i], kParts, kUnits))
+    using T = FloatTraits<kParts, kFloatPixelShapes[i]>;
+    if constexpr (float_shape_serves(kFloatPixelShapes[i], kParts))
       if (shape == i) {
         const auto kernel = tma_im2col_float_kernel<T>;
         launch_early(kernel, prepare<T>(kernel, g, execution), T::kThreads, T::kSharedBytes,
@@ -288,10 +286,7 @@ void pack_floats(const ConvProblem& p, const PixelGemm& g, const void* weight, v
 
 void multiply_float_pixels(const ConvProblem& p, const PixelGemm& g, int shape,
                            const PixelOperands& operands, const Execution& execution) {
-  const auto launch = float_parts(p) == 1
-                          ? (float_units(g.sums) == 1 ? launch_shape<1, 1> : launch_shape<1, 2>)
-                          : (float_units(g.sums) == 1 ? launch_shape<2, 1> : launch_shape<2, 2>);
-  launch(p, g, shape, operands, execution);
+  (float_parts(p) == 1 ? launch_shape<1> : launch_shape<2>)(p, g, shape, operands, execution);
 }
 
 }  // namespace convops::cuda
