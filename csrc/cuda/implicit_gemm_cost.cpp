@@ -52,8 +52,6 @@ constexpr double kLaunchSeconds = 23e-6;     // three kernels
 // at 7.6 instead of 19.
 constexpr double kPixelCopyCycles = 5500, kMixedPixelCopyCycles = 4000, kPixelApartCycles = 0.3;
 
-bool is_channels_last(const Tensor4& t) { return t.stride[1] == 1 && t.size[1] > 1; }
-
 // Cycles of a group of converters for a stage, which its threads go through in so many passes.
 double float_stage(const GemmProblem& g, const GemmTile& t, double passes, bool of_pixels) {
   const bool mixed = g.mixes_phases();
@@ -90,8 +88,8 @@ int64_t packed_steps(const GemmProblem& g, const GemmTile& t) {
 
 double estimate_gemm(const GemmProblem& g, const GemmTile& t, const Device& device, double bytes,
                      Compared compared) {
-  const bool of_pixels =
-      compared == Compared::kAlgorithms && g.groups == 1 && is_channels_last(g.source);
+  const bool of_pixels = compared == Compared::kAlgorithms && g.groups == 1 &&
+                         g.source.stride[1] == 1 && g.source.size[1] > 1;
   const double steps = double(packed_steps(g, t));
   const double weights = steps * t.row_tile * kStepOctets * kOctet;
   const auto& size = g.result.size;

@@ -215,6 +215,10 @@ Speed speed(const ConvProblem& p) {
                                          {full[3], 0.623e-6, 3.31e-6}};
   static constexpr ShapeSpeed kIeee[] = {
       {full[0], 0.385e-6, 2.5e-6}, {full[1], 0.913e-6, 2.05e-6}, {full[2], 1.167e-6, 2.73e-6}};
+  const auto all_serve = [](auto& shapes, int parts) {
+    return std::ranges::all_of(shapes, [=](auto& s) { return float_shape_serves(s.shape, parts); });
+  };
+  static_assert(all_serve(kTf32, 1) && all_serve(kIeee, 2), "of others there are no kernels");
   if (!is_float(p)) return {kHalf, 1.42, 0.62, 1.2, 5.5e-6};
   if (float_parts(p) == 1) return {kTf32, 1, 0.14, 1, 4.2e-6};
   return {kIeee, 1, 0.04, 1, 4.2e-6};

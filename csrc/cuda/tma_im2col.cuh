@@ -160,6 +160,27 @@ __device__ __forceinline__ void produce(const PixelGemm& g, const PixelOperands&
   }
 }
 
+// Whether the block's tile number `turn` is of the consumer's team; if not, its stages are passed
+// over. Waits until the other team has seen all of its stages: a barrier tells one phase from the
+// next only.
+template <typename T>
+__device__ __forceinline__ bool take_turn(Header& header, int turn, int count,
+                                          Stage<T::kStages>& stage) {
+  const int team = int(threadIdx.x) / T::kTeam;
+  if (turn % T::kShape.teams != team) {
+    stage.skip(count);
+    return false;
+  }
+  if (T::kShape.teams > 1) ptx::barrier_wait(&header.turns[team], turn / 2 % 2 ^ (team ^ 1));
+  return true;
+}
+// By one lane of each warp, when it has seen all of its tile's stages.
+template <typename T>
+__device__ __forceinline__ void pass_turn(Header& header, bool leads) {
+  const int team = int(threadIdx.x) / T::kTeam;
+  if (T::kShape.teams > 1 && leads) ptx::barrier_arrive(&header.turns[team ^ 1]);
+}
+
 // Roles of a block's warps. Consume: consume(header), by the consumers.
 template <typename T, typename Consume>
 __device__ __forceinline__ void run_block(const PixelGemm& g, const PixelOperands& operands,

@@ -154,7 +154,6 @@ template <typename T>
 __device__ __forceinline__ void consume(const ConvProblem& p, const PixelGemm& g,
                                         const PixelOperands& operands, Header& header,
                                         uint8_t* shared) {
-  const int team = int(threadIdx.x) / T::kTeam;
   const int warp = int(threadIdx.x) % T::kTeam / kWarp;
   const bool leads = threadIdx.x % kWarp == 0;
   Stage<T::kStages> stage;
@@ -162,12 +161,7 @@ __device__ __forceinline__ void consume(const ConvProblem& p, const PixelGemm& g
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x, ++turn) {
     const Tile tile = Tile::find<T::kShape>(g, index);
     const int count = steps<T>(g, tile.phase);
-    if (turn % T::kShape.teams != team) {
-      stage.skip(count);
-      continue;
-    }
-    // A barrier tells one phase from the next only.
-    if (T::kShape.teams > 1) ptx::barrier_wait(&header.turns[team], turn / 2 % 2 ^ (team ^ 1));
+    if (!take_turn<T>(header, turn, count, stage)) continue;
     float sums[T::kShape.channels / 2], totals[T::kShape.channels / 2];
 #pragma unroll
     for (int i = 0; i < T::kShape.channels / 2; ++i) sums[i] = totals[i] = 0;
@@ -200,7 +194,7 @@ __device__ __forceinline__ void consume(const ConvProblem& p, const PixelGemm& g
       if (step + 1 == count) break;
       multiply_stage(step + 1, odd);
     }
-    if (T::kShape.teams > 1 && leads) ptx::barrier_arrive(&header.turns[team ^ 1]);
+    pass_turn<T>(header, leads);
     finish(count > 0);
     store<T>(p, g, operands, tile, T::kParts > 1 ? totals : sums);
   }

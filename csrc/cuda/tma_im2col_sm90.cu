@@ -151,7 +151,7 @@ template <typename T>
 __device__ __forceinline__ void consume(const ConvProblem& p, const PixelGemm& g,
                                         const PixelOperands& operands, Header& header,
                                         uint8_t* shared) {
-  const int warp = int(threadIdx.x) / kWarp, team = int(threadIdx.x) / T::kTeam;
+  const int warp = int(threadIdx.x) / kWarp;
   const int group = int(threadIdx.x) % T::kTeam / kWarpgroup;
   const bool leads = threadIdx.x % kWarp == 0;
   const uint32_t stages = uint32_t(__cvta_generic_to_shared(shared + T::kStagesAt));
@@ -160,12 +160,7 @@ __device__ __forceinline__ void consume(const ConvProblem& p, const PixelGemm& g
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x, ++turn) {
     const Tile tile = Tile::find<T::kShape>(g, index);
     const int count = steps<T>(g, tile.phase);
-    if (turn % T::kShape.teams != team) {
-      stage.skip(count);
-      continue;
-    }
-    // A barrier tells one phase from the next only.
-    if (T::kShape.teams > 1) ptx::barrier_wait(&header.turns[team], turn / 2 % 2 ^ (team ^ 1));
+    if (!take_turn<T>(header, turn, count, stage)) continue;
     float sums[T::kShape.channels / 2];
 #pragma unroll
     for (float& sum : sums) sum = 0;
@@ -189,7 +184,7 @@ __device__ __forceinline__ void consume(const ConvProblem& p, const PixelGemm& g
       if (step > 0) release();
       stage.next();
     }
-    if (T::kShape.teams > 1 && leads) ptx::barrier_arrive(&header.turns[team ^ 1]);
+    pass_turn<T>(header, leads);
     ptx::wgmma_wait<0>();
     if (count > 0) release();
     store<T>(p, g, operands, tile, shared + T::kStaged + warp * kStagedBytes, sums);
