@@ -8,9 +8,9 @@
 // pixels lie evenly spaced (NCHW, channels_last) are multiplied in place, others are packed into
 // the workspace first. For TF32 cuBLAS rounds the operands to nearest itself (measured; the tests
 // hold it to that).
+#include "cuda/im2col_gemm.h"
+
 #include <algorithm>
-#include <cmath>
-#include <optional>
 
 #include "cuda/algorithms.h"
 #include "cuda/check.h"
@@ -22,56 +22,7 @@
 namespace convops::cuda {
 namespace {
 
-// Large: chunks that stay in L2 (32 MB) are products too small to fill an H200 and took up to twice
-// as long as these (docs/im2col_gemm.md).
-constexpr int64_t kChunkBytes = int64_t{1024} << 20;
-// Images with fewer pixels are small ones, see packs_pixels.
-constexpr int64_t kFewPixels = 4096;
-// Pixels that backward-weight sums in one product. cuBLAS adds them up in float32 whatever their
-// number; longer sums had up to three times cuDNN's error, several short ones have less than it.
-// More pixels are a batch of slices, as many as make two tiles of kSliceTile² results for each
-// multiprocessor and none shorter than kShortestSlice; their sums are added in order.
-constexpr int64_t kLongestSum = int64_t{1} << 15, kShortestSlice = 256;
-constexpr int64_t kSliceTile = 128, kSliceWaves = 2;
-constexpr int64_t kSliceBytes = int64_t{256} << 20;  // of the sums of all, at most
-constexpr int64_t kAlignment = 256;
-
-// For the cost, fitted on an H200: the share of the peak cuBLAS reaches, the rates of its dtypes
-// over float32 FMA, the rows a tile has at least, the share of the bandwidth, how much longer
-// results take than what is read, and what a launch costs.
-constexpr double kGemmFraction = 0.54;
-constexpr double kTf32Speedup = 5.0, kHalfSpeedup = 16.7, kDoubleSpeedup = 0.7;
-constexpr double kMergedTf32Speedup = 8.5;  // of 1×1 in channels_last, one product
-constexpr double kTileRows = 64;
-constexpr double kBandwidthShare = 0.9, kWrites = 0.45, kHalfWrites = 0.15;
-// Of that, where backward-weight reads both operands once.
-constexpr double kWeightShare = 0.75;
-// In TF32 a tile has so many pixels of an image, and the rest is wasted.
-constexpr double kTilePixels = 128;
-// What copying the columns takes, in trips of theirs through memory besides the product's: more
-// where a stride gathers from many sectors, at most from one for each element; with a stride
-// col2im's loads are far apart, too, which costs half where the columns stay in L2.
-constexpr double kIm2colPasses = 1, kPassesPerStride = 0.17, kMostPasses = 6, kCol2imPasses = 5.5;
-constexpr double kCachedShare = 0.5, kCachedBytes = 16 << 20;
-// And in backward-weight of 16 bits, where products along the columns are slower, of channels_last
-// more (ResNet-50's layers).
-constexpr double kHalfWeightPasses = 2, kHalfWeightLastPasses = 4;
-constexpr double kPackingPasses = 2;
-// What slices of 16 bits take besides: sums of their own, and adding them.
-constexpr double kHalfSlicesSeconds = 10e-6;
-constexpr double kLaunchSeconds = 3.4e-6;
-// Where groups are products of their own: a call, at least; a multiprocessor's tile of 64 pixels of
-// an image and group and as many rows, to begin and for each term of its short sums; and each pixel
-// that one multiprocessor sums by FMA of tensors whose pixels are apart.
-constexpr double kCallSeconds = 1e-6, kGroupTileSeconds = 0.7e-6, kGroupTermSeconds = 11e-9;
-constexpr double kApartPixelSeconds = 33e-9;
-constexpr int64_t kGroupTile = 64;
-
-int64_t aligned(int64_t bytes) { return round_up(bytes, kAlignment); }
-
-DType sum_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-}
+using namespace im2col_gemm;
 
 void* advance(void* data, int64_t elements, DType dtype) {
   return static_cast<char*>(data) + elements * element_size(dtype);
@@ -112,113 +63,6 @@ struct PixelMatrix {
 PixelMatrix pixel_matrix(const Tensor4& t, void* data, DType dtype, const Chunk& chunk) {
   return {advance(data, chunk.image * t.stride[0] + chunk.row * t.stride[2], dtype), dtype,
           t.stride[0], t.stride[1], pixel_stride(t)};
-}
-
-// Whether backward-weight's sum over the pixels is cut into slices.
-bool is_sliced(const ConvProblem& p) {
-  return p.direction == Direction::kBackwardWeight && p.groups == 1 && p.dtype != DType::kFloat64 &&
-         p.batch() * p.output_pixels() > kLongestSum;
-}
-
-// Whether the pixels of small images are packed side by side, one product for all of them. For
-// backward-weight because it would be a product for each image, unless each is a slice; otherwise
-// because tensor cores take rows that do not begin at multiples of 16 bytes, as of 7×7, at half
-// speed and less. (At 8 the copies of a 1×1 convolution cost what they gain.)
-bool packs_pixels(const ConvProblem& p) {
-  const bool fma = p.dtype == DType::kFloat32 && p.precision == Precision::kIeee;
-  const bool small = p.batch() > 1 && p.output_pixels() < kFewPixels && pixel_stride(p.output) == 1;
-  const bool weight = p.direction == Direction::kBackwardWeight;
-  if (weight && !(is_sliced(p) && p.output_pixels() >= kShortestSlice)) return small;
-  if (p.dtype == DType::kFloat64 || fma) return false;
-  const int64_t aligned_bytes = p.is_pointwise() ? 8 : 16;
-  return small && p.output_pixels() * element_size(p.dtype) % aligned_bytes != 0;
-}
-
-// The input is its own column matrix and is read (backward-input: written) in place.
-bool skips_im2col(const ConvProblem& p) {
-  return p.is_pointwise() && is_pixel_matrix(p.input, p.group_in_channels()) && !packs_pixels(p);
-}
-
-// Whether the gradient of the output must be copied into the chunk.
-bool packs_output(const ConvProblem& p) {
-  if (p.direction == Direction::kForward) return false;
-  return !is_pixel_matrix(p.output, p.group_out_channels()) || packs_pixels(p);
-}
-
-// The dtype in which the output is made in the workspace before it is copied out; std::nullopt
-// where it is made in place. cuBLAS may round a 16-bit product before it adds it to what is there:
-// with a bias the sum is made in float32 and rounded as it is copied.
-std::optional<DType> staged_dtype(const ConvProblem& p) {
-  if (p.direction != Direction::kForward) return std::nullopt;
-  if (p.has_bias && p.dtype != sum_dtype(p.dtype)) return sum_dtype(p.dtype);
-  if (packs_pixels(p)) return p.dtype;
-  return std::nullopt;
-}
-
-// Whether the weights are copied to the workspace, or the sums of their gradient from there.
-bool packs_weight(const ConvProblem& p) {
-  const bool rounds = p.direction == Direction::kBackwardWeight && p.dtype != sum_dtype(p.dtype);
-  return rounds || !p.weight.is_contiguous();
-}
-
-DType columns_dtype(const ConvProblem& p) {
-  return p.direction == Direction::kBackwardInput ? sum_dtype(p.dtype) : p.dtype;
-}
-
-// Workspace per row of output pixels; 0 where everything is multiplied in place.
-int64_t row_bytes(const ConvProblem& p) {
-  const int64_t columns =
-      skips_im2col(p) ? 0 : p.groups * p.taps() * element_size(columns_dtype(p));
-  int64_t output = 0;
-  if (packs_output(p)) output = p.out_channels() * element_size(p.dtype);
-  if (const auto staged = staged_dtype(p)) output = p.out_channels() * element_size(*staged);
-  return (columns + output) * p.output_size().w;
-}
-
-int64_t slice_count(const ConvProblem& p, const Device& device) {
-  if (!is_sliced(p) || p.weight.numel() == 0) return 1;
-  const int64_t tiles =
-      ceil_divide(p.group_out_channels(), kSliceTile) * ceil_divide(p.taps(), kSliceTile);
-  const int64_t room = kSliceBytes / (p.weight.numel() * int64_t(sizeof(float)));
-  return std::max<int64_t>(1, std::min(kSliceWaves * device.processors / tiles, room));
-}
-
-// Of the packed weights or sums, of each slice if there are several.
-int64_t weight_bytes(const ConvProblem& p, int64_t slices) {
-  const bool sums = p.direction == Direction::kBackwardWeight;
-  const int64_t copies = slices > 1 ? slices : packs_weight(p);
-  return aligned(copies * p.weight.numel() * element_size(sums ? sum_dtype(p.dtype) : p.dtype));
-}
-
-// What the padding of the chunk's rows may take on top.
-int64_t padding_bytes(const ConvProblem& p) {
-  return padded_pixels(1) * element_size(sum_dtype(p.dtype)) *
-         (p.groups * p.taps() + p.out_channels());
-}
-
-int64_t fixed_bytes(const ConvProblem& p, int64_t slices) {
-  return weight_bytes(p, slices) + (row_bytes(p) ? padding_bytes(p) : 0);
-}
-
-// Backward-input works on input rows; one of them needs at most this many output rows.
-int64_t minimum_rows(const ConvProblem& p) {
-  if (p.direction != Direction::kBackwardInput) return 1;
-  return std::min(p.output_size().h, (p.kernel().h - 1) * p.dilation.h / p.stride.h + 1);
-}
-
-// Of the products of groups, however few operations they are.
-double seconds_of_groups(const ConvProblem& p, const Device& device) {
-  const double pixels = double(p.batch()) * double(p.output_pixels());
-  if (p.direction == Direction::kBackwardWeight) {
-    const bool fma = p.dtype == DType::kFloat32 && p.precision == Precision::kIeee;
-    return fma && pixel_stride(p.output) != 1 ? pixels * kApartPixelSeconds : 0;
-  }
-  int64_t rows = p.group_out_channels(), terms = p.taps();
-  if (p.direction == Direction::kBackwardInput) std::swap(rows, terms);
-  const int64_t tiles = p.groups * p.batch() * ceil_divide(p.output_pixels(), kGroupTile) *
-                        ceil_divide(rows, kGroupTile);
-  return std::max(1.0, double(tiles) / device.processors) *
-         (kGroupTileSeconds + double(terms) * kGroupTermSeconds);
 }
 
 class Run {
@@ -465,66 +309,11 @@ class Im2colGemm final : public Algorithm {
   }
 
   double cost(const ConvProblem& p, const Device& device) const override {
-    double rate = device.fp32_flops * kGemmFraction;
-    const bool merged =
-        skips_im2col(p) && p.input.is_channels_last() && p.output.is_channels_last();
-    if (p.dtype == DType::kFloat64)
-      rate *= kDoubleSpeedup;
-    else if (p.dtype != DType::kFloat32)
-      rate *= kHalfSpeedup;
-    else if (p.precision == Precision::kTf32)
-      rate *= merged ? kMergedTf32Speedup : kTf32Speedup;
-    const double rows = double(p.group_out_channels());
-    double tiles = std::max(1.0, kTileRows / rows);  // of which the rest is wasted
-    const bool packs = packs_pixels(p);
-    if (p.dtype == DType::kFloat32 && p.precision == Precision::kTf32) {
-      const double images = packs || merged ? double(p.batch()) : 1;
-      const double pixels = images * double(std::max<int64_t>(1, p.output_pixels()));
-      tiles *= std::ceil(pixels / kTilePixels) * kTilePixels / pixels;
-    }
-    const double stride = double(p.stride.h * p.stride.w);
-    double passes = p.direction == Direction::kBackwardInput
-                        ? kCol2imPasses * stride
-                        : std::min(kIm2colPasses + kPassesPerStride * stride, kMostPasses);
-    if (p.direction == Direction::kBackwardWeight && element_size(p.dtype) == 2)
-      passes += p.input.is_channels_last() ? kHalfWeightLastPasses : kHalfWeightPasses;
-    if (p.is_pointwise()) passes = kPackingPasses;
-    const double column_bytes = skips_im2col(p) ? 0
-                                                : double(p.groups * p.taps()) * double(p.batch()) *
-                                                      double(p.output_pixels()) *
-                                                      double(element_size(columns_dtype(p)));
-    if (p.direction == Direction::kBackwardInput && column_bytes <= kCachedBytes)
-      passes *= kCachedShare;
-    const double chunks = skips_im2col(p) ? 0 : std::max(1.0, column_bytes / kChunkBytes);
-    // Where neither groups nor images merge into one call, the fewer of them are calls of their
-    // own.
-    const int64_t calls = std::min(p.groups, p.batch());
-    const double multiply = std::max(
-        p.flops() * tiles / rate,
-        p.groups == 1 ? 0 : std::max(double(calls) * kCallSeconds, seconds_of_groups(p, device)));
-    const double bandwidth = device.bandwidth * kBandwidthShare;
-    const double written = double(p.result().numel()) * double(element_size(p.dtype));
-    // Packed outputs are written and read once more.
-    const double output = double(p.output.numel()) * double(element_size(p.dtype));
-    const double packed = packs ? kPackingPasses * output : 0;
-    const double share = p.direction == Direction::kBackwardWeight ? kWeightShare : 1;
-    const double writes = element_size(p.dtype) == 2 ? kHalfWrites : kWrites;
-    const double memory =
-        (p.bytes() + writes * written + column_bytes + packed) / (bandwidth * share);
-    const bool slices = p.direction == Direction::kBackwardWeight && element_size(p.dtype) == 2 &&
-                        slice_count(p, device) > 1;
-    return std::max(multiply, memory) + passes * column_bytes / bandwidth +
-           (slices ? kHalfSlicesSeconds : 0) +
-           (2 + 2 * chunks + (packs ? chunks : 0) + packs_weight(p)) * kLaunchSeconds;
+    return im2col_gemm::cost(p, device);
   }
 
   WorkspaceRange workspace(const ConvProblem& p, const Device& device) const override {
-    const int64_t fixed = fixed_bytes(p, 1), all = fixed_bytes(p, slice_count(p, device));
-    const int64_t bytes = row_bytes(p);
-    if (bytes == 0) return {fixed, all};
-    const int64_t least = minimum_rows(p), rows = p.batch() * p.output_size().h;
-    const int64_t wanted = std::clamp(kChunkBytes / bytes, least, std::max(rows, least));
-    return {fixed + least * bytes, all + wanted * bytes};
+    return im2col_gemm::workspace(p, device);
   }
 
   void run(const ConvProblem& p, const Operands& operands,
