@@ -5,8 +5,8 @@
         --metrics dram__bytes.sum,sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed \\
         -k regex:implicit_gemm_kernel --page raw --csv python -m benchmarks.roofline
 
-The kernels follow each other in the order that is printed. ``docs/implicit_gemm.md`` tells what
-they showed on an H200.
+The kernels follow each other in the order that is printed. What they showed on an H200:
+``docs/implicit_gemm_measurements.md``.
 """
 
 from __future__ import annotations

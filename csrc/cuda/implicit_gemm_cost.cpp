@@ -9,7 +9,7 @@
 namespace convops::cuda {
 namespace {
 
-// Measured on an H200 (docs/implicit_gemm.md): cycles on one multiprocessor.
+// Measured on an H200 (docs/implicit_gemm_measurements.md): cycles on one multiprocessor.
 constexpr double kStepCycles = 10.7;       // between steps
 constexpr double kPromoteCycles = 268;     // to add up sums in registers
 constexpr double kDrainCycles = 450;       // from a stage to the next
