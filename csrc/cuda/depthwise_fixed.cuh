@@ -21,6 +21,7 @@ template <int kH_, int kW_, int kStride_, bool kTransposed_ = false, int kShift_
 struct Shape {
   static constexpr int kH = kH_, kW = kW_, kStride = kStride_;
   static constexpr bool kTransposed = kTransposed_;
+  static constexpr bool kBackward = kTransposed || kStride == 1;  // too
   static constexpr bool kAligned = kShift_ >= 0;
   static constexpr int kShift = kAligned ? kShift_ : 0;
   static constexpr int kPhase = kPhase_;
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kMaxThreads, Shape::kMinBlocks)
   const int column_first = tile.first_w + place.tile_w * tile.columns;
   const int row0 = row_first + strip * Shape::kRows;
   const int column0 = column_first + column_thread * Shape::kColumns;
-  if (!finite && p.is_backward()) {
+  if (Shape::kBackward && !finite && p.is_backward()) {
     if (!works) return;
 #pragma unroll 1
     for (int row = max(row0, 0); row < min(row0 + Shape::kRows, height); ++row)

@@ -115,16 +115,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (!works || column >= width) continue;
     const Plane& result = place.planes[plane];
     const float added = bias ? convert<float>(bias[result.channel * problem.bias_stride]) : 0;
-    const bool by_definition = !finite && p.is_backward();
-#pragma unroll
-    for (int r = 0; r < kGenericRows; ++r) {
-      const int row = h.first + (place.tile_h * tile.rows + strip * kGenericRows + r) * h.step;
-      if (row >= height) break;
-      if (by_definition)
-        sums[r] = backward_input_element(p.problem, from, weight, result.image, result.channel, row,
-                                         column);
-      to[result.to + row * p.to.stride[2] + column] = convert<T>(bias ? sums[r] + added : sums[r]);
+    const auto row_of = [&](int r) {
+      return h.first + (place.tile_h * tile.rows + strip * kGenericRows + r) * h.step;
+    };
+    T* const results = to + result.to + column;
+    if (!finite && p.is_backward()) {
+#pragma unroll 1
+      for (int r = 0; r < kGenericRows && row_of(r) < height; ++r)
+        results[row_of(r) * p.to.stride[2]] = convert<T>(backward_input_element(
+            p.problem, from, weight, result.image, result.channel, row_of(r), column));
+      continue;
     }
+#pragma unroll
+    for (int r = 0; r < kGenericRows; ++r)
+      if (row_of(r) < height)
+        results[row_of(r) * p.to.stride[2]] = convert<T>(bias ? sums[r] + added : sums[r]);
   }
 }
 

@@ -205,11 +205,13 @@ __device__ __forceinline__ void compute_pixels(const Pixels& p, const T* source,
       place[row * p.result_row] = convert<T>(bias ? sums[row] + shift : sums[row]);
       nans |= unsigned(sums[row] != sums[row]) << row;
     }
-  if (p.problem.direction != Direction::kBackwardInput) return;
-  for (int row = 0; nans >> row != 0; ++row)
-    if (nans >> row & 1)
-      place[row * p.result_row] = convert<T>(
-          backward_input_element(p.problem, source, weight, image, channel, oh + row, ow));
+  if constexpr (Shape::kStride == 1) {  // the others are forward alone
+    if (p.problem.direction != Direction::kBackwardInput) return;
+    for (int row = 0; nans >> row != 0; ++row)
+      if (nans >> row & 1)
+        place[row * p.result_row] = convert<T>(
+            backward_input_element(p.problem, source, weight, image, channel, oh + row, ow));
+  }
 }
 
 // Grid: x the flat index of strips.

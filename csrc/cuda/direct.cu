@@ -198,23 +198,49 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     __syncthreads();
   }
 
+  struct Place {
+    int64_t image, h, w;
+    T* first;  // channel
+  };
+  const auto find = [&](int64_t n) {
+    const int64_t w = n % out.size[3], line = n / out.size[3];
+    const int64_t h = line % out.size[2], image = line / out.size[2];
+    return Place{image, h, w,
+                 result + image * out.stride[0] + h * out.stride[2] + w * out.stride[3]};
+  };
+  constexpr int kRows = Tile::kM / Tile::kThreadM;
+  bool nan = false;
 #pragma unroll
   for (int j = 0; j < Tile::kThreadN; ++j) {
     const int64_t n = n0 + column + j * kColumns;
     if (n >= pixels) continue;
-    const int64_t w = n % out.size[3], line = n / out.size[3];
-    const int64_t h = line % out.size[2], image = line / out.size[2];
-    T* place = result + image * out.stride[0] + h * out.stride[2] + w * out.stride[3];
+    const Place place = find(n);
 #pragma unroll
     for (int i = 0; i < Tile::kThreadM; ++i) {
-      const int64_t m = m0 + row + i * (Tile::kM / Tile::kThreadM);
+      const int64_t m = m0 + row + i * kRows;
       if (m >= rows) continue;
       const int64_t channel = group * rows + m;
       Sum value = sums[i][j];
-      if (kInput && value != value)
-        value = backward_input_element(p, tensor, weight, image, channel, h, w);
       if (bias) value += convert<Sum>(bias[channel * p.bias_stride]);
-      place[channel * out.stride[1]] = convert<T>(value);
+      nan |= value != value;
+      place.first[channel * out.stride[1]] = convert<T>(value);
+    }
+  }
+  if constexpr (kInput) {
+    // NaN may come of zeros outside of grad_output.
+    const int64_t row_end = min(m0 + Tile::kM, rows);
+    const int64_t end = nan ? min(n0 + Tile::kN, pixels) : 0;
+#pragma unroll 1
+    for (int64_t n = n0 + column; n < end; n += kColumns) {
+      const Place place = find(n);
+#pragma unroll 1
+      for (int64_t m = m0 + row; m < row_end; m += kRows) {
+        const int64_t channel = group * rows + m;
+        T& value = place.first[channel * out.stride[1]];
+        if (convert<Sum>(value) != convert<Sum>(value))
+          value = convert<T>(
+              backward_input_element(p, tensor, weight, place.image, channel, place.h, place.w));
+      }
     }
   }
 }
