@@ -203,7 +203,7 @@ def test_no_kind_of_plan_is_left_out(
 
 
 CASES = {
-    **{"depthwise": 1000, "depthwise_strips": 1000, "depthwise_planes": 600},
+    **{"direct": 400, "depthwise": 1000, "depthwise_strips": 1000, "depthwise_planes": 600},
     **{"depthwise_weight": 1200},
     **{"depthwise_large": 800, "depthwise_channels_last": 600},
     **{"grouped": 600, "grouped_weight": 500, "implicit_gemm_weight": 400},
@@ -221,6 +221,11 @@ PIXELS = {"forward": 150, "backward_input": 150, "bias": 80}
 PARTS = {"backward_weight": 150, "no_images": 10, "least_workspace": 15, "full_workspace": 15}
 SMALL = {"gaps": 0, "padding_beyond": 0, "wide": 0}  # of depthwise_planes, which refuses such
 LEAST_CASES = {
+    "direct": {
+        **{"float16": 70, "bfloat16": 70, "float32": 70, "float64": 60, "kernels": 28},
+        **{"forward": 80, "backward_input": 80, "backward_weight": 80, "bias": 40},
+        **{"no_images": 8, "least_workspace": 15, "full_workspace": 15},
+    },
     "depthwise": {**HALVES, **PIXELS, "multiplied": 100, "dilated": 150, "kernels": 55},
     "depthwise_strips": {**HALVES, **PIXELS, "float64": 100, "kernels": 74},
     "depthwise_planes": {**PIXELS, **SMALL, "kernels": 6},

@@ -26,6 +26,7 @@ using namespace convops;
 
 using Make = std::unique_ptr<Algorithm> (*)();
 const std::map<std::string, Make> kAlgorithms{
+    {"direct", cuda::make_direct},
     {"depthwise", cuda::make_depthwise},
     {"depthwise_strips", cuda::make_depthwise_strips},
     {"depthwise_planes", cuda::make_depthwise_planes},

@@ -69,6 +69,10 @@ Channels random_channels(Random& random, const std::string& algorithm) {
     if (c.in == 1 && c.out == 1) c.out = 2;
     return c;
   }
+  // Short of and beyond a block's 4 or 64.
+  if (algorithm == "direct")
+    return {random.between(1, 3), one_of<int>(random, {1, 2, 5, 20}),
+            one_of<int>(random, {1, 3, 9, 70})};
   // Octets short of and beyond a block's 64 to 256.
   if (algorithm.starts_with("tma_im2col") && random.one_in(3)) {
     const int channels = one_of<int>(random, {2, 4, 8, 16, 32, 64});
@@ -173,7 +177,8 @@ ConvProblem random_problem(Random& random, const std::string& algorithm) {
   if (algorithm.ends_with("weight")) p.direction = Direction::kBackwardWeight;
   if (algorithm.starts_with("grouped") || algorithm == "depthwise_planes")
     p.dtype = DType::kFloat32;
-  if (algorithm == "depthwise_strips" && random.one_in(4)) p.dtype = DType::kFloat64;
+  if ((algorithm == "depthwise_strips" || algorithm == "direct") && random.one_in(4))
+    p.dtype = DType::kFloat64;
   if (algorithm == "grouped" || algorithm == "depthwise" || algorithm == "depthwise_strips" ||
       algorithm == "depthwise_planes" || pixels)
     p.direction = Direction(random.between(0, 1));
