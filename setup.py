@@ -216,7 +216,7 @@ if with_cuda:
             include_dirs=[*include_paths(), *(f"{home}/include" for home in toolkits)],
             library_dirs=[f"{home}/{lib}" for home in toolkits for lib in ("lib64", "lib")],
             cxx=["-std=c++20"],
-            nvcc=["-O3", "-std=c++20", "--threads=2", "-lineinfo", "-Xptxas=-warn-spills,-Werror"],
+            nvcc=["-O3", "-std=c++20", "--threads=2", "-Xptxas=-warn-spills,-Werror"],
         )
     )
 extensions += [
