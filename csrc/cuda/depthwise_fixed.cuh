@@ -21,7 +21,8 @@ template <int kH_, int kW_, int kStride_, bool kTransposed_ = false, int kShift_
 struct Shape {
   static constexpr int kH = kH_, kW = kW_, kStride = kStride_;
   static constexpr bool kTransposed = kTransposed_;
-  static constexpr bool kBackward = kTransposed || kStride == 1;  // too
+  // Whether it is backward-input's, too: at stride 1 that is forward with the weight turned.
+  static constexpr bool kBackward = kTransposed || kStride == 1;
   static constexpr bool kAligned = kShift_ >= 0;
   static constexpr int kShift = kAligned ? kShift_ : 0;
   static constexpr int kPhase = kPhase_;
